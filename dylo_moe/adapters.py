@@ -1,0 +1,85 @@
+"""The two adapters that are compared: a mixture of LoRA experts with a router, and one LoRA of the same size."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from peft import LoraConfig, MoELoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+
+@dataclass(kw_only=True)
+class MixtureConfig:
+    """What `train.py` lets a user choose of the mixture; the rest are MoELoraConfig's defaults."""
+
+    num_experts: int = field(default=4, metadata={"help": "LoRA experts of the mixture."})
+    lora_r: int = field(default=8, metadata={"help": "Rank of each expert."})
+    lora_alpha: int = field(default=16, metadata={"help": "LoRA alpha of each expert; the update is scaled by alpha / r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the experts' input in training."})
+    top_k: int | None = field(default=2, metadata={"help": "Experts kept for each token; 0 keeps all."})
+    router_scope: Literal["layer", "block", "model", "two_pass"] = field(
+        default="block", metadata={"help": "Where the router looks: at each layer's, block's or one block's input."}
+    )
+    balance_coefficient: float = field(default=0.01, metadata={"help": "Weight of the load-balancing loss."})
+
+    def __post_init__(self) -> None:
+        if self.num_experts < 1:
+            raise ValueError(f"num_experts is {self.num_experts}, but must be at least 1.")
+        if self.lora_r < 1:
+            raise ValueError(f"lora_r is {self.lora_r}, but must be at least 1.")
+        if self.top_k is not None and not 0 <= self.top_k <= self.num_experts:
+            raise ValueError(
+                f"top_k is {self.top_k}, but must lie between 0 (all) and num_experts ({self.num_experts}). Lower top_k "
+                "or add experts."
+            )
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout is {self.lora_dropout}, but must lie in [0, 1).")
+        if self.balance_coefficient < 0:
+            raise ValueError(f"balance_coefficient is {self.balance_coefficient}, but must not be negative.")
+
+    def peft_config(self) -> MoELoraConfig:
+        return MoELoraConfig(
+            num_experts=self.num_experts,
+            top_k=self.top_k or None,
+            r=self.lora_r,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            target_modules="all-linear",
+            router_scope=self.router_scope,
+            router_balance_coef=self.balance_coefficient,
+            task_type="CAUSAL_LM",
+        )
+
+
+def add_mixture(base: nn.Module, config: MixtureConfig) -> PeftModel:
+    """Put the experts and their router on a base model, which is changed in place."""
+    return get_peft_model(base, config.peft_config())
+
+
+def add_lora_of_size(base: nn.Module, num_parameters: int, config: MixtureConfig) -> PeftModel:
+    """Put one LoRA on a base model, of the rank whose number of trained parameters comes closest.
+
+    Args:
+        base: a fresh base model; changed in place.
+        num_parameters: trained parameters of the mixture it is compared with, router included.
+        config: the mixture; the LoRA has its targets, its dropout and its alpha / r.
+    """
+    of_rank_one = sum(
+        module.in_features + module.out_features
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear) and module is not base.get_output_embeddings()
+    )
+    rank = max(1, round(num_parameters / of_rank_one))
+    return get_peft_model(
+        base,
+        LoraConfig(
+            r=rank,
+            lora_alpha=rank * config.lora_alpha / config.lora_r,
+            lora_dropout=config.lora_dropout,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        ),
+    )
+
+
+def num_trained(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

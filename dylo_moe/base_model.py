@@ -1,0 +1,85 @@
+"""Find a base model by name: the committed one, SmolLM2-135M from a package, a local folder, or a hub model.
+
+model, tokenizer = load_base_model()                   # the small committed base, no network
+model, tokenizer = load_base_model("smollm2-135m")     # converted once by `python -m dylo_moe.smollm2`
+model, tokenizer = load_base_model("owner/name")       # anything transformers can load
+"""
+
+import difflib
+import re
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from dylo_moe.smollm2 import smollm2_folder
+
+COMMITTED = "base"
+SMOLLM2 = "smollm2-135m"
+COMMITTED_FOLDER = Path(__file__).parent / "base"
+
+
+def resolve_model_name(name: str | Path = COMMITTED) -> str:
+    """What transformers' `from_pretrained` takes for a name of ours.
+
+    Args:
+        name: `base`, `smollm2-135m`, a local folder, or a hub model as `owner/name`.
+
+    Returns:
+        A folder that exists, or the hub name unchanged.
+
+    Raises:
+        FileNotFoundError: a folder that is not there, or SmolLM2 before it was fetched.
+        ValueError: a name that is none of these; a folder without a config.json.
+    """
+    text = str(name)
+    if text == COMMITTED:
+        return _model_folder(COMMITTED_FOLDER)
+    if text == SMOLLM2:
+        folder = smollm2_folder()
+        if not folder.exists():
+            raise FileNotFoundError(
+                f"{SMOLLM2} is not in the cache ({folder}). Fetch and convert it once with: make smollm2 "
+                "(or python -m dylo_moe.smollm2)."
+            )
+        return _model_folder(folder)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return _model_folder(path)
+    if text.startswith((".", "~", "/")) or text.count("/") > 1:
+        raise FileNotFoundError(f"There is no model folder {text}. Check the path.")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", text):
+        return text
+    close = difflib.get_close_matches(text, (COMMITTED, SMOLLM2), n=1, cutoff=0.4)
+    hint = f"Closest: '{close[0]}'. " if close else ""
+    raise ValueError(
+        f"Unknown model '{text}'. {hint}Give '{COMMITTED}', '{SMOLLM2}', a local folder, or a hub model as owner/name."
+    )
+
+
+def load_base_model(
+    name: str | Path = COMMITTED, *, dtype: torch.dtype | str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer by name; see `resolve_model_name`.
+
+    Args:
+        name: which model.
+        dtype: of the weights; None takes float32 without a GPU (most CPUs are slow in bf16) and what the checkpoint
+            is stored in with one ("auto").
+
+    Returns:
+        The model, in eval mode on the CPU, and its tokenizer, with a padding token.
+    """
+    where = resolve_model_name(name)
+    if dtype is None:
+        dtype = "auto" if torch.cuda.is_available() else torch.float32
+    tokenizer = AutoTokenizer.from_pretrained(where)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return AutoModelForCausalLM.from_pretrained(where, dtype=dtype), tokenizer
+
+
+def _model_folder(folder: Path) -> str:
+    if not (folder / "config.json").exists():
+        raise ValueError(f"The folder {folder} has no config.json, so it holds no model. Give the folder that does.")
+    return str(folder)
