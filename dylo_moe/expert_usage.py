@@ -68,7 +68,7 @@ def draw_usage(usage: dict[str, np.ndarray], expert_names: list[str], path: Path
         for (block, expert), share in np.ndenumerate(usage_LE):
             ink = "white" if share > 0.6 * highest else "black"
             axis.text(expert, block, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color=ink)
-        axis.set_title(domain)
+        axis.set_title(Path(domain).name)
         axis.set_xticks(range(len(expert_names)), [name.removeprefix("expert_") for name in expert_names])
         axis.set_yticks(range(num_blocks))
         axis.set_xlabel("expert")

@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import os
-import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -67,10 +66,12 @@ def run(mixture: MixtureConfig, training: TrainingConfig, config: RunConfig) -> 
     """
     output = Path(config.output_dir)
     settings = {"mixture": asdict(mixture), "training": asdict(training), "run": asdict(config)}
-    _claim(output, settings)
+    _refuse_other_settings(output, settings)
     base, tokenizer = load_base_model(config.model_name)
     logger.info("reading %s", ", ".join(config.domains))
     train_blocks, held_out = _read(config, training, tokenizer)
+    output.mkdir(parents=True, exist_ok=True)
+    _write(output / SETTINGS, settings)
 
     mixture_folder, lora_folder = output / "mixture", output / "lora"
     set_seed(training.seed)
@@ -115,8 +116,8 @@ def as_text(results: dict, output: Path) -> str:
     perplexity, speed = results["perplexity"], results["tokens_per_second"]
     sizes = {"base": 0, **results["trained_parameters"]}
     domains = list(perplexity["base"])
-    lines = ["", "Held-out perplexity (lower is better)", ""]
-    lines.append(_row("", [*domains, "trained parameters"]))
+    lines = ["", "Held-out perplexity (lower is better) and trained parameters", ""]
+    lines.append(_row("", [*(Path(domain).name for domain in domains), "parameters"]))
     names = {"base": "base", "lora": "one LoRA", "mixture": "mixture"}
     for key, name in names.items():
         lines.append(_row(name, [f"{perplexity[key][domain]:.2f}" for domain in domains] + [f"{sizes[key]:,}"]))
@@ -125,7 +126,7 @@ def as_text(results: dict, output: Path) -> str:
     lines.append(_row("", [f"expert {i}" for i in range(experts)]))
     for domain, usage_LE in results["usage"].items():
         shares = [sum(row[i] for row in usage_LE) / len(usage_LE) for i in range(experts)]
-        lines.append(_row(domain, [f"{100 * share:.0f} %" for share in shares]))
+        lines.append(_row(Path(domain).name, [f"{100 * share:.0f} %" for share in shares]))
     lines += ["", "Tokens/s in one forward pass, measured in turns", ""]
     lines.append(_row("", ["tokens/s", "against base"]))
     separate = f"{experts} separate passes"
@@ -134,29 +135,27 @@ def as_text(results: dict, output: Path) -> str:
     lines.append(f"one routed pass does the work of {experts} separate passes {speed['routed'] / speed['separate']:.2f} times as fast")
     lines += ["", "Continuations by the saved mixture, reloaded", ""]
     for domain, (prompt, continuation) in results["continuations"].items():
-        lines.append(f"{domain}: {prompt} ->{_one_line(continuation)}")
+        lines.append(f"{Path(domain).name}:{prompt} ->{_one_line(continuation)}")
     lines += ["", f"adapter   {output / 'mixture'}", f"results   {output / RESULTS}", f"picture   {output / PICTURE}"]
     return "\n".join(lines)
 
 
-def _claim(output: Path, settings: dict) -> None:
+def _refuse_other_settings(output: Path, settings: dict) -> None:
     file = output / SETTINGS
-    if file.exists():
-        held = json.loads(file.read_text())
-        differs = [
-            f"{name} ({held[part].get(name)} there, {value} asked for)"
-            for part, values in settings.items()
-            for name, value in values.items()
-            if held[part].get(name) != value
-        ]
-        if differs:
-            raise ValueError(
-                f"{output} holds a run with other settings: {'; '.join(differs)}. Choose another --output_dir, or remove "
-                "that folder."
-            )
-    else:
-        output.mkdir(parents=True, exist_ok=True)
-        _write(file, settings)
+    if not file.exists():
+        return
+    held = json.loads(file.read_text())
+    differs = [
+        f"{name} ({held[part].get(name)} there, {value} asked for)"
+        for part, values in settings.items()
+        for name, value in values.items()
+        if held[part].get(name) != value
+    ]
+    if differs:
+        raise ValueError(
+            f"{output} holds a run with other settings: {'; '.join(differs)}. Choose another --output_dir, or remove "
+            "that folder."
+        )
 
 
 def _read(config: RunConfig, training: TrainingConfig, tokenizer) -> tuple[Dataset, dict[str, Dataset]]:
@@ -221,7 +220,7 @@ def _one_line(text: str) -> str:
 
 
 def _row(name: str, cells: list[str]) -> str:
-    return f"{name:<18}" + "".join(f"{cell:>20}" if "param" in cell else f"{cell:>14}" for cell in cells)
+    return f"{name:<20}" + "".join(f"{cell:>14}" for cell in cells)
 
 
 def _write(path: Path, content: dict) -> None:
