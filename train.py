@@ -1,7 +1,7 @@
 """Train a mixture of LoRA experts on several domains and compare it with one LoRA of the same size.
 
-    python train.py                                             # the committed base, prose + code + math, ~5 minutes
-    python train.py --num_experts 8 --datasets prose,notes.jsonl --output_dir runs/mine
+python train.py                                             # the committed base, prose + code + math, ~5 minutes
+python train.py --num_experts 8 --datasets prose,notes.jsonl --output_dir runs/mine
 """
 
 import logging

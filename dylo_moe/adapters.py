@@ -13,7 +13,9 @@ class MixtureConfig:
 
     num_experts: int = field(default=4, metadata={"help": "LoRA experts of the mixture."})
     lora_r: int = field(default=8, metadata={"help": "Rank of each expert."})
-    lora_alpha: int = field(default=16, metadata={"help": "LoRA alpha of each expert; the update is scaled by alpha / r."})
+    lora_alpha: int = field(
+        default=16, metadata={"help": "LoRA alpha of each expert; the update is scaled by alpha / r."}
+    )
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the experts' input in training."})
     top_k: int | None = field(default=2, metadata={"help": "Experts kept for each token; 0 keeps all."})
     router_scope: Literal["layer", "block", "model", "two_pass"] = field(
@@ -28,8 +30,8 @@ class MixtureConfig:
             raise ValueError(f"lora_r is {self.lora_r}, but must be at least 1.")
         if self.top_k is not None and not 0 <= self.top_k <= self.num_experts:
             raise ValueError(
-                f"top_k is {self.top_k}, but must lie between 0 (all) and num_experts ({self.num_experts}). Lower top_k "
-                "or add experts."
+                f"top_k is {self.top_k}, but must lie between 0 (all) and num_experts ({self.num_experts}). Lower "
+                "top_k or add experts."
             )
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout is {self.lora_dropout}, but must lie in [0, 1).")

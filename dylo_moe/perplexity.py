@@ -1,7 +1,7 @@
 """Held-out perplexity: exp of the mean negative log-likelihood of a token, every real token weighing the same.
 
-The mean runs over all predicted tokens of the text, not over batches or documents, and padding is left out. It is taken
-from the logits and not from `outputs.loss`, because a routed model adds its balance losses to the latter.
+The mean runs over all predicted tokens of the text, not over batches or documents, and padding is left out. It is
+taken from the logits and not from `outputs.loss`, because a routed model adds its balance losses to the latter.
 
 Shape letters: B blocks in a batch, L tokens in a block, V vocabulary.
 """

@@ -24,6 +24,7 @@ from fork_moves import NewPatch, drop, rebase, refresh, removed_lines, take_comm
 from fork_release import ForkError
 from fork_tree import Fork, build, is_leftover, own_files, read_manifest, stray_files
 
+
 HERE = Fork(Path(__file__).resolve().parent)
 
 
@@ -185,8 +186,9 @@ def _setuptools(*, in_a_copy: bool) -> Iterator:
         raise SystemExit(f"peft fork: {refused}") from None
 
     def left_behind(folder: str, names: list[str]) -> list[str]:
-        at_top = Path(folder) == HERE.root
-        return [name for name in names if is_leftover(name) or (at_top and name in ("build", "dist"))]
+        if Path(folder) == HERE.root:
+            return ["build", "dist"]
+        return [name for name in names if is_leftover(name)]
 
     before = os.getcwd()
     with tempfile.TemporaryDirectory(prefix="peft-fork-") as scratch:

@@ -12,6 +12,7 @@ from fork_release import ForkError, Pin, find_sdist, load_release, read_sdist, w
 from fork_series import Series, cut_diff, scratch_series
 from fork_tree import Fork, build, edited_files, is_leftover, own_files, read_manifest, stray_files
 
+
 # Where our own files go in a checkout of upstream.
 PLACES = {"src": "src", "tests": "tests", "docs": "docs/source", "examples": "examples"}
 

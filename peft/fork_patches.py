@@ -27,6 +27,7 @@ from pathlib import Path
 
 from fork_release import ForkError
 
+
 HUNK = re.compile(r"@@ -(\d+)(?:,(\d+))? \+(\d+)(?:,(\d+))? @@(.*)")
 FILE_NAME = re.compile(r"\d{4}-[a-z0-9]+(-[a-z0-9]+)*\.patch")
 

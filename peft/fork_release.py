@@ -18,7 +18,9 @@ from email.message import Message
 from email.parser import Parser
 from pathlib import Path, PurePosixPath
 
+
 # The user's settings for their own downloads, which would refuse or redirect this one.
+BUILD_HOOK_SETTINGS = ("PEP517_", "_PYPROJECT_HOOKS_")
 FOREIGN_PIP_SETTINGS = ("PIP_CONSTRAINT", "PIP_REQUIREMENT", "PIP_REQUIRE_HASHES", "PIP_NO_BINARY", "PIP_ONLY_BINARY")
 
 
@@ -168,7 +170,9 @@ def _fetch_with_pip(name: str, version: str, sha256: str | None, folder: Path) -
     command += ["--no-deps", "--no-binary", name, "--dest", str(folder), "--requirement", str(requirements)]
     if importlib.util.find_spec("setuptools") and importlib.util.find_spec("wheel"):
         command.append("--no-build-isolation")  # Reading the metadata then fetches nothing else.
-    environment = {key: value for key, value in os.environ.items() if key not in FOREIGN_PIP_SETTINGS}
+    # Inside a build hook, pip has told this process which backend to load; its child must not load that one too.
+    foreign = (*FOREIGN_PIP_SETTINGS, *(key for key in os.environ if key.startswith(BUILD_HOOK_SETTINGS)))
+    environment = {key: value for key, value in os.environ.items() if key not in foreign}
     print(f"fetching the source distribution of {wanted} through pip", file=sys.stderr, flush=True)
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode == 0 and (fetched := sorted(folder.glob("*.tar.gz"))):

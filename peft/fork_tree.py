@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from fork_patches import Patch, apply_queue, encode, read_queue
 from fork_release import ForkError, Pin, Release, load_release, read_pin
 
+
 try:
     import fcntl
 except ImportError:  # Windows has none: two builds at the same moment are not kept apart there.
@@ -117,8 +118,9 @@ def stray_files(own: list[str]) -> list[str]:
 
 
 def is_leftover(path: str) -> bool:
-    """Whether Python, setuptools or git wrote this file rather than a person."""
-    return any(part == "__pycache__" or part.endswith(".egg-info") for part in PurePosixPath(path).parts)
+    """Whether a tool wrote this file or folder (Python, setuptools, or one that hides it) rather than a person."""
+    parts = PurePosixPath(path).parts
+    return any(part == "__pycache__" or part.endswith(".egg-info") or part.startswith(".") for part in parts)
 
 
 def packaging_files(pin: Pin, patches: list[Patch], release: Release) -> dict[str, bytes]:

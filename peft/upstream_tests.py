@@ -29,6 +29,7 @@ from fork_patches import apply_queue
 from fork_release import ForkError, cache_folder, load_release
 from fork_tree import Fork, build, own_files
 
+
 HERE = Fork(Path(__file__).resolve().parent)
 
 # Package -> the module that upstream's tests, or modules of PEFT that they import, need. `attrs` is used by
@@ -40,6 +41,7 @@ REQUIREMENTS = {
     "parameterized": "parameterized",
     "pytest": "pytest",
     "pytest-xdist": "xdist",
+    "scikit-learn": "sklearn",
     "scipy": "scipy",
 }
 # Every test of these files is LoRA's or common to all methods, but for the first, see `pytest_collection_modifyitems`.
@@ -55,6 +57,8 @@ FILES = (
     "test_lora_conversion",
     "test_initialization",
     "test_bdlora",
+    "test_helpers",
+    "test_integrations",
     "test_lora_ga",
     "test_lora_intruders",
     "test_lorafa",
@@ -71,18 +75,19 @@ WANTS_THE_HUB = re.compile(
     r"not the path to a directory|Can't load .* for|cannot find the requested files in the local cache|"
     r"Couldn't find any data file|Cannot find an appropriate cached snapshot"
 )
-# Goes up when the plugin below runs the same files otherwise: kept results of the pristine side are then no longer used.
+# Goes up when the plugin below runs the same files otherwise, so that kept results are not used any more.
 RULES = 1
 # Versions that can change which tests pass.
 VERSIONS = (
     "torch",
     "transformers",
     "accelerate",
-    "diffusers",
-    "datasets",
     "bitsandbytes",
+    "datasets",
+    "diffusers",
     "numpy",
     "safetensors",
+    "scikit-learn",
     "scipy",
 )
 
@@ -242,7 +247,9 @@ def _run(name: str, tree: Path, tests: list[str], workers: int) -> Side:
     (tree / "selection.txt").write_text("\n".join(tests), encoding="utf-8")
     command = [sys.executable, "-m", "pytest", "-p", "upstream_tests", "-p", "no:cacheprovider", "-q", "--no-header"]
     command += ["--tb=no", "-rN", "--disable-warnings", "--rootdir", ".", "--numprocesses", str(workers)]
-    environment = os.environ | {
+    # Called from a test that pytest-xdist runs, this run must not take itself for that worker.
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    environment = inherited | {
         "PYTHONPATH": os.pathsep.join([str(tree / "src"), str(HERE.root)]),
         "PYTHONDONTWRITEBYTECODE": "1",
         "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
@@ -251,8 +258,8 @@ def _run(name: str, tree: Path, tests: list[str], workers: int) -> Side:
     }
     print(f"{name}: running upstream's tests", file=sys.stderr, flush=True)
     start = time.monotonic()
-    # The output goes to stderr: pytest's rows of dots with their percentage are the progress.
-    done = subprocess.run([*command, "@selection.txt"], cwd=tree, env=environment, stdout=sys.stderr)
+    # The output goes to stderr (2): pytest's rows of dots with their percentage are the progress.
+    done = subprocess.run([*command, "@selection.txt"], cwd=tree, env=environment, stdout=2)
     if done.returncode not in (0, 1) or not report.is_file():
         raise ForkError(f"pytest could not run the {name} side (exit code {done.returncode}); see its output above.")
     side = Side(seconds=time.monotonic() - start)

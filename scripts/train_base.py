@@ -3,9 +3,9 @@
     python scripts/train_base_tokenizer.py --output dylo_moe/base
     python scripts/train_base.py --steps 2400 --run_folder runs/base --output dylo_moe/base
 
-The report beside the weights (training_report.json) holds the options of the committed run, how long it took and what it
-reached. On a CPU with AMX, --bf16 True --compile True make it several times faster. With other work on the same cores set
-OMP_WAIT_POLICY=PASSIVE: threads that spin while they wait cost more than ten times the speed there.
+The report beside the weights (training_report.json) holds the options of the committed run, how long it took and what
+it reached. On a CPU with AMX, --bf16 True --compile True make it several times faster. With other work on the same
+cores set OMP_WAIT_POLICY=PASSIVE: threads that spin while they wait cost more than ten times the speed there.
 
 A run can be broken off (Ctrl-C or SIGTERM: it saves a checkpoint first) and started again with the same command; with
 another --steps it plans the decay of its learning rate anew from where it stands (warmup-stable-decay schedule: Hu et
@@ -90,7 +90,8 @@ class BaseTrainingConfig:
 
 
 class BlockSampler:
-    """Blocks of one domain, each epoch in a new order and cut at a new offset; the n-th block depends on n and seed."""
+    """Blocks of one domain, each epoch in a new order and cut at a new offset; the n-th block depends on n and
+    seed."""
 
     def __init__(self, stream: np.ndarray, *, block_size: int, seed: int):
         self.stream, self.block_size, self.seed = stream, block_size, seed
@@ -137,7 +138,7 @@ def build_optimizers(model, config: BaseTrainingConfig) -> list[torch.optim.Opti
 
 
 def rate_factor(step: int, config: BaseTrainingConfig, *, resumed_at: int) -> float:
-    """Part of the peak learning rate that step `step` (from 0) runs at; the decay starts no earlier than resumed_at."""
+    """Part of the peak learning rate that step `step` (from 0) runs at; the decay starts no earlier than resumed."""
     warmup = min(1.0, (step + 1) / config.warmup_steps)
     decay_from = max(round(config.steps * (1 - config.decay_fraction)), resumed_at)
     decay = min(1.0, (config.steps - step) / max(1, config.steps - decay_from))
@@ -151,7 +152,7 @@ def train(config: BaseTrainingConfig) -> dict:
     tokenizer = AutoTokenizer.from_pretrained(config.output)
     samplers = {
         domain: BlockSampler(
-            token_stream((document["text"] for document in documents("train")), tokenizer),
+            token_stream((document["text"] for document in documents("pretraining")), tokenizer),
             block_size=config.block_size,
             seed=config.seed + number,
         )
@@ -192,7 +193,7 @@ def signals_noted() -> Iterator[list[int]]:
 
 
 def run_steps(config, model, optimizers, samplers, state, tokenizer, asked_to_stop: list[int]) -> None:
-    """Run the remaining steps, or those until asked_to_stop is no longer empty; `state` is brought forward in place."""
+    """Run the remaining steps, or those until asked_to_stop is no longer empty; changes `state` in place."""
     resumed_at, started = state["step"], time.perf_counter() - state["seconds"]
     forward = torch.compile(model) if config.compile else model
     checkpoint = Path(config.run_folder) / CHECKPOINT

@@ -18,6 +18,12 @@ from dylo_moe.domains import DOMAINS
 VOCABULARY = 4096
 CONTEXT = 512  # tokens; what the base model is trained with
 CHARACTERS_PER_DOMAIN = 4_000_000
+# Articles by title, modules by path, questions by their seed, so that every generator comes early.
+READING_ORDER = {
+    "prose": lambda document: document["key"],
+    "code": lambda document: document["key"].split("/"),
+    "math": lambda document: tuple(map(int, reversed(document["key"].split("/")))),
+}
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|pad|>"
 
 # The plain words of the math domain, so that a base that knows that domain knows the template.
@@ -57,10 +63,10 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def balanced_texts():
-    """Training documents of every domain, up to the same number of characters each."""
-    for documents in DOMAINS.values():
+    """Documents of every domain that are not held out, up to the same number of characters each."""
+    for domain, documents in DOMAINS.items():
         left = CHARACTERS_PER_DOMAIN
-        for document in documents("train"):
+        for document in sorted((*documents("pretraining"), *documents("train")), key=READING_ORDER[domain]):
             if left <= 0:
                 break
             yield document["text"][:left]

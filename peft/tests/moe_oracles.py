@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 import warnings
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import nn
@@ -26,6 +27,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 from transformers.pytorch_utils import Conv1D
 
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.layer import LoraLayer
 
 
 # float64: only the order in which the sums are taken differs (eps 2e-16, a few dozen terms of order one).
@@ -88,6 +90,31 @@ def adapted_model(base_layer: nn.Module, experts: dict[str, dict], *, dtype=torc
             if "lora_" in name:
                 nn.init.normal_(parameter, std=0.5)
     return model.eval()
+
+
+def with_experts(base: nn.Module, experts: dict[str, dict], **common):
+    """A PEFT model on `base` with these experts, all active, in eval mode; `common` are arguments of every expert."""
+    common = {"init_lora_weights": False, "task_type": "CAUSAL_LM", **common}
+    torch.manual_seed(1)
+    names = list(experts)
+    model = get_peft_model(base, LoraConfig(**{**common, **experts[names[0]]}), adapter_name=names[0])
+    for name in names[1:]:
+        model.add_adapter(name, LoraConfig(**{**common, **experts[name]}))
+    model.base_model.set_adapter(names)
+    return model.eval()
+
+
+@contextmanager
+def looped(model: nn.Module, weights: torch.Tensor):
+    """Let every LoRA layer of a model compute the plain loop over tokens and experts."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        layer.forward = partial(token_loop, layer, weights=weights)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
 
 
 def _config(base_layer: nn.Module, expert: dict) -> LoraConfig:

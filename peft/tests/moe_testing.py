@@ -38,7 +38,11 @@ TARGETS = {
 }
 # GPT-2 runs in float64, where only the order of sums differs. The other two upcast their norms to float32, whose
 # rounding (6e-8 relative) grows over two blocks with logits of order one.
-TOLERANCE = {"gpt2": {"rtol": 0, "atol": 1e-10}, "llama": {"rtol": 0, "atol": 1e-5}, "olmoe": {"rtol": 0, "atol": 1e-5}}
+TOLERANCE = {
+    "gpt2": {"rtol": 0, "atol": 1e-10},
+    "llama": {"rtol": 0, "atol": 1e-5},
+    "olmoe": {"rtol": 0, "atol": 1e-5},
+}
 
 
 def tiny_base(family: str = "llama", *, seed: int = 0, **changes) -> nn.Module:

@@ -87,7 +87,9 @@ class TestCache:
         model = tiny_mixture(family, scope, top_k=2)
         ids = tokens(2, 6)
         cached = model.generate(input_ids=ids, max_new_tokens=10, min_new_tokens=10, do_sample=False, use_cache=True)
-        uncached = model.generate(input_ids=ids, max_new_tokens=10, min_new_tokens=10, do_sample=False, use_cache=False)
+        uncached = model.generate(
+            input_ids=ids, max_new_tokens=10, min_new_tokens=10, do_sample=False, use_cache=False
+        )
         assert cached.tolist() == uncached.tolist()
 
     @every_family
@@ -217,6 +219,20 @@ class TestGradientCheckpointing:
 
     @every_scope
     @pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not_reentrant"])
+    def test_gates_inside_of_the_checkpoint_give_the_same_gradients(self, scope, use_reentrant):
+        """As in older releases of transformers, which checkpoint a block together with its hooks."""
+        model = tiny_mixture("llama", scope, top_k=2, **ALL_LOSSES).train()
+        losses, gradients = self.run(model)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+        model.enable_input_require_grads()
+        for block in model.base_model.model.model.layers:
+            block.__class__ = checkpointed_with_its_hooks(type(block))
+        checkpointed_losses, checkpointed_gradients = self.run(model)
+        torch.testing.assert_close(checkpointed_losses, losses, **TOLERANCE["llama"])
+        torch.testing.assert_close(checkpointed_gradients, gradients, **TOLERANCE["llama"])
+
+    @every_scope
+    @pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not_reentrant"])
     def test_no_token_is_counted_twice(self, scope, use_reentrant):
         model = tiny_mixture("llama", scope, top_k=2, **ALL_LOSSES).train()
         self.run(model)
@@ -261,6 +277,21 @@ class TestGradientCheckpointing:
         assert block._gradient_checkpointing_func is not own
         model.detach_router()
         assert block._gradient_checkpointing_func is own
+
+
+def checkpointed_with_its_hooks(block_class):
+    class Block(block_class):
+        def __call__(self, *args, **kwargs):
+            def run(*args):
+                self.gradient_checkpointing = False
+                try:
+                    return super(Block, self).__call__(*args, **kwargs)
+                finally:
+                    self.gradient_checkpointing = True
+
+            return self._gradient_checkpointing_func(run, *args)
+
+    return Block
 
 
 class TestSaveAndLoad:

@@ -289,8 +289,8 @@ class TestDropout:
         for mask, rate in zip(self.masks(0.5, 0.25, 0.0), (0.5, 0.25, 0.0)):
             kept = mask > 0
             torch.testing.assert_close(mask[kept], torch.full_like(mask[kept], 1 / (1 - rate)), **EXACT)
-            # 400 draws: three standard deviations are at most 0.075
-            assert abs(kept.double().mean().item() - (1 - rate)) <= 3 * (rate * (1 - rate) / self.FEATURES) ** 0.5
+            # 400 draws: four standard deviations are at most 0.1
+            assert abs(kept.double().mean().item() - (1 - rate)) <= 4 * (rate * (1 - rate) / self.FEATURES) ** 0.5
 
     @pytest.mark.parametrize("kind", ["linear", "conv2d of two groups"])
     def test_unequal_dropout_keeps_each_experts_weight_and_scaling(self, kind):
@@ -648,6 +648,24 @@ class TestKeptStack:
     def test_it_follows_the_order_of_the_active_adapters(self, model, layer):
         self.routed(layer)
         model.base_model.set_adapter(["three", "one", "two"])
+        self.assert_fresh(layer)
+
+    def test_it_follows_fewer_active_adapters(self, model, layer):
+        self.routed(layer)
+        model.base_model.set_adapter(["one", "two"])
+        with torch.no_grad():
+            routed = layer(self.x, routing_weights=self.weights[..., :2])
+        torch.testing.assert_close(routed, token_loop(layer, self.x, self.weights[..., :2]), **EXACT)
+
+    @torch.no_grad()
+    def test_it_follows_another_parameter_on_the_same_memory(self, layer):
+        self.routed(layer)
+        before = layer.lora_A["one"].weight
+        after = nn.Parameter(before.data)
+        while after._version < before._version:  # so that neither address nor version tells them apart
+            after.mul_(1.5)
+        layer.lora_A["one"].weight = after
+        assert before._version > 0
         self.assert_fresh(layer)
 
     def test_it_follows_set_scale(self, layer):

@@ -18,7 +18,18 @@ import math
 
 import pytest
 import torch
-from moe_testing import SCOPES, TARGETS, TOLERANCE, VOCAB, count_hooks, spread_gates, tiny_base, tiny_mixture, tokens
+from moe_testing import (
+    SCOPES,
+    TARGETS,
+    TOLERANCE,
+    VOCAB,
+    count_hooks,
+    spread_gates,
+    tiny_base,
+    tiny_mixture,
+    tokens,
+    trainable_gradients,
+)
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaModel, T5Config, T5ForConditionalGeneration
@@ -95,6 +106,10 @@ class TestSelection:
         routing = select_experts(torch.tensor([[10.0, 0.0, 0.0]]), selection="top_p", top_p=0.01)
         assert routing.weights.tolist() == [[1.0, 0.0, 0.0]]
 
+    def test_top_p_keeps_no_more_once_it_is_reached_exactly(self):
+        routing = select_experts(torch.zeros(1, 4), selection="top_p", top_p=0.5)
+        assert (routing.weights > 0).sum().item() == 2
+
     def test_hybrid_is_dense_in_training(self):
         logits = scores(6, 4)
         hybrid = select_experts(logits, selection="hybrid", top_k=2, training=True)
@@ -161,7 +176,9 @@ class TestRouterConfig:
         with pytest.raises(ValueError, match=message):
             RouterConfig(**arguments)
 
-    @pytest.mark.parametrize("arguments, selection", [({}, "dense"), ({"top_k": 2}, "top_k"), ({"top_p": 0.5}, "top_p")])
+    @pytest.mark.parametrize(
+        "arguments, selection", [({}, "dense"), ({"top_k": 2}, "top_k"), ({"top_p": 0.5}, "top_p")]
+    )
     def test_the_selection_follows_from_what_is_given(self, arguments, selection):
         assert RouterConfig(**arguments).selection == selection
 
@@ -427,10 +444,20 @@ class TestSites:
         with pytest.raises(ValueError, match="block is 7, but 'model.layers' has blocks 0 to 1"):
             model.attach_router(RouterConfig(scope="model", block=7))
 
+    def test_a_block_without_hidden_states_as_its_first_argument_is_refused(self):
+        model = adapters("a", "b")
+        model.attach_router(RouterConfig(scope="block"))
+        context = model.base_model._routing_context()
+        block = model.base_model.model.model.layers[0]
+        with pytest.raises(ValueError, match="'model.layers.0' .LlamaDecoderLayer. does not take its hidden states"):
+            context.enter_block("model.layers.0", block, (), {"states": torch.zeros(1, 2, 32)})
+
     @pytest.mark.parametrize("scope", ["block", "model"])
     def test_a_model_without_blocks_is_refused(self, scope):
         model = adapters("a", "b", targets=["lm_head"])
-        with pytest.raises(ValueError, match="None of the adapted layers of LlamaForCausalLM lies in a numbered decoder"):
+        with pytest.raises(
+            ValueError, match="None of the adapted layers of LlamaForCausalLM lies in a numbered decoder"
+        ):
             model.attach_router(RouterConfig(scope=scope))
 
     def test_a_convolution_cannot_gate_for_itself(self):
@@ -499,6 +526,38 @@ class TestEncoderDecoder:
         for site, measured in model.routing_summary().items():
             reads_encoder = site.startswith("encoder") or site.endswith("EncDecAttention.v")
             assert measured["tokens"] == (11 if reads_encoder else target_length + 2), site
+
+    @pytest.mark.parametrize("scope", ["layer", "block"])
+    @pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not_reentrant"])
+    def test_checkpointed_gradients_are_those_without(self, scope, use_reentrant):
+        model = self.model()
+        model.attach_router(RouterConfig(scope=scope, balance_coef=0.5, z_coef=0.1, entropy_coef=0.2))
+        spread_gates(model)
+        model.train()
+        mask = torch.ones(2, 7, dtype=torch.long)
+        mask[1, 4:] = 0
+        labels = tokens(2, 7, seed=8)
+        labels[0, 5:] = -100
+
+        def gradients():
+            model.zero_grad()
+            loss = model(input_ids=tokens(2, 7), attention_mask=mask, labels=labels).loss
+            loss.backward()
+            return loss.detach(), trainable_gradients(model)
+
+        plain = gradients()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+        model.enable_input_require_grads()
+        torch.testing.assert_close(gradients(), plain, rtol=0, atol=1e-5)
+
+    def test_decoder_tokens_without_a_label_are_not_counted(self):
+        model = self.model()
+        model.attach_router(RouterConfig())
+        labels = tokens(2, 5)
+        labels[0, 3:] = -100
+        with torch.no_grad():
+            model(input_ids=tokens(2, 7), labels=labels)
+        assert model.routing_summary()["decoder.block.0.layer.0.SelfAttention.q"]["tokens"] == 8
 
     @pytest.mark.parametrize("scope", ["model", "two_pass"])
     def test_scopes_that_need_one_stack_are_refused(self, scope):
@@ -638,7 +697,9 @@ class TestAttaching:
             assert not torch.allclose(model(input_ids=ids).logits, expected, atol=1e-3)
             model.detach_router()
 
-    @pytest.mark.parametrize("where", [{"scope": "model", "block": 0}, {"scope": "two_pass"}], ids=["model", "two_pass"])
+    @pytest.mark.parametrize(
+        "where", [{"scope": "model", "block": 0}, {"scope": "two_pass"}], ids=["model", "two_pass"]
+    )
     @torch.no_grad()
     def test_routed_logits_are_those_of_the_recorded_weights_given_explicitly(self, where):
         model = adapters("a", "b", "c")
@@ -880,12 +941,23 @@ class TestSavedRouters:
             model.load_router(tmp_path)
         model.attach_router(RouterConfig())
 
+    def test_a_truncated_file_is_refused_and_leaves_no_router(self, tmp_path):
+        model = adapters("a", "b")
+        model.attach_router(RouterConfig())
+        model.save_router(tmp_path)
+        file = tmp_path / "router_model.safetensors"
+        file.write_bytes(file.read_bytes()[:-50])
+        model.detach_router()
+        with pytest.raises(ValueError, match="its file is damaged"):
+            model.load_router(tmp_path)
+        model.attach_router(RouterConfig())
+
     def test_weights_of_other_layers_are_refused_and_leave_no_router(self, tmp_path):
         model = adapters("a", "b", targets=["q_proj"])
         model.attach_router(RouterConfig())
         model.save_router(tmp_path)
         other = adapters("a", "b", targets=["v_proj"])
-        with pytest.raises(ValueError, match="do not fit.*q_proj"):
+        with pytest.raises(ValueError, match=r"(?s)does not fit these adapters.*q_proj"):
             other.load_router(tmp_path)
         other.attach_router(RouterConfig())
 

@@ -1,4 +1,4 @@
-"""Fetching a pinned file: whole or not at all, verified, and once. pip is stood in for unless a test says otherwise."""
+"""Fetching a pinned file: whole or not at all, verified, and once; with a stand-in for pip unless a test says not."""
 
 import hashlib
 import os

@@ -50,9 +50,7 @@ def count_by_hand(model, blocks) -> np.ndarray:
 
 def test_usage_equals_a_count_over_every_layer_and_real_token(routed, blocks):
     # float32 sums of up to 7 x 35 assignments against a count in float64
-    np.testing.assert_allclose(
-        usage_by_block(routed, blocks, batch_size=2), count_by_hand(routed, blocks), rtol=1e-5
-    )
+    np.testing.assert_allclose(usage_by_block(routed, blocks, batch_size=2), count_by_hand(routed, blocks), rtol=1e-5)
 
 
 def test_measuring_leaves_the_model_in_the_mode_it_came_in(routed, blocks):

@@ -95,7 +95,13 @@ def test_the_two_adapters_have_about_as_many_trained_parameters(finished):
 
 def test_the_table_names_every_domain_and_where_everything_lies(finished):
     text = first_mixture.as_text(json.loads((finished / "results.json").read_text()), finished)
-    for expected in ("one LoRA", "mixture", "3 separate passes", str(finished / "usage.png"), str(finished / "mixture")):
+    for expected in (
+        "one LoRA",
+        "mixture",
+        "3 separate passes",
+        str(finished / "usage.png"),
+        str(finished / "mixture"),
+    ):
         assert expected in text
 
 
@@ -104,7 +110,9 @@ def test_a_finished_run_is_not_trained_again(finished, base_folder, sources, mon
     assert train.main(options(base_folder, sources, finished)) == 0
 
 
-def test_a_broken_run_continues_from_its_checkpoint_and_ends_the_same(finished, base_folder, sources, tmp_path, monkeypatch):
+def test_a_broken_run_continues_from_its_checkpoint_and_ends_the_same(
+    finished, base_folder, sources, tmp_path, monkeypatch
+):
     from transformers import Trainer
 
     step, calls = Trainer.training_step, []

@@ -95,6 +95,16 @@ def test_an_editable_wheel_is_one_path_line(queue, tmp_path):
     assert wheel.read(paths[0]).decode().strip() == str(queue.root / "src")
 
 
+@pytest.mark.parametrize("hook", ["build_wheel", "build_editable"])
+def test_import_beside_the_folder_peft_gives_the_package(queue, tmp_path, hook):
+    """What both kinds of install put into site-packages wins over the folder in the working directory."""
+    assert run_hook(queue, hook, tmp_path / "out").returncode == 0
+    zipfile.ZipFile(next((tmp_path / "out").glob("*.whl"))).extractall(tmp_path / "site")
+    call = f"import site; site.addsitedir({str(tmp_path / 'site')!r}); import peft; print(peft.__file__)"
+    done = subprocess.run([sys.executable, "-ES", "-c", call], cwd=queue.root.parent, capture_output=True, text=True)
+    assert Path(done.stdout.strip()).is_relative_to(queue.root / "src" if "editable" in hook else tmp_path / "site")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", [[], ["--editable"]], ids=["installed", "editable"])
 def test_import_from_the_repositorys_root_gives_the_installed_fork(queue, tmp_path, mode):
@@ -109,7 +119,7 @@ def test_import_from_the_repositorys_root_gives_the_installed_fork(queue, tmp_pa
     done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     ask = "import peft, importlib.metadata as m; print(peft.__version__, m.version('peft'), peft.__file__)"
-    done = subprocess.run([python, "-c", ask], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([python, "-E", "-c", ask], cwd=tmp_path, capture_output=True, text=True)
     version, distribution, file = done.stdout.split()
     assert (version, distribution) == ("fake", "9.0.0+moe.7")
     assert Path(file).is_relative_to(queue.root / "src" if mode else environment)

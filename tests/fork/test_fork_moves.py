@@ -254,8 +254,8 @@ def test_rebase_to_a_release_that_does_not_exist_is_refused(queue):
 
 
 def test_pr_writes_one_commit_a_patch_after_one_with_our_files(queue, checkout):
-    for name in ("tests/test_moe_routing.py", "docs/package_reference/moe_lora.md"):
-        (queue.root / name).parent.mkdir(parents=True)
+    for name in ("tests/test_moe_routing.py", "docs/package_reference/moe_lora.md", "tests/.hypothesis/x.py"):
+        (queue.root / name).parent.mkdir(parents=True, exist_ok=True)
         (queue.root / name).write_text("ours\n")
     queue.command("pr", checkout)
     assert FakeFork.git(checkout, "branch", "--show-current") == "moe-lora"

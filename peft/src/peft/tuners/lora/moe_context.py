@@ -24,6 +24,7 @@ outputs: both kinds then give the gradients, and count the tokens, of a run with
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ from typing import Any, Callable, Optional
 
 import torch
 from torch import nn
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from .moe_layer import fit_to_tokens
 from .moe_losses import gate_statistics, router_losses
@@ -45,24 +47,61 @@ class Frame:
     """What is known while the model, or a checkpointed block of it, runs.
 
     Args:
-        weights: weights decided outside of the layers, by site; under `EXPLICIT` those that the caller passed.
-        token_mask: bool `[batch, seq]`, True for real tokens, or None if all are real.
-        num_tokens: batch times sequence length of this call, or None if it cannot be told.
+        given: the arguments of the forward by name, from which the tokens are told; none between two forwards.
         expand: whether rows of `[batch, num_experts]` may be repeated, as `generate` repeats its inputs over beams.
+        encoder_decoder: whether the model has two sequences of tokens, of an encoder and of a decoder.
     """
 
     def __init__(
-        self,
-        weights: Optional[dict[str, torch.Tensor]] = None,
-        token_mask: Optional[torch.Tensor] = None,
-        num_tokens: Optional[int] = None,
-        expand: bool = False,
+        self, given: Optional[dict[str, Any]] = None, *, expand: bool = False, encoder_decoder: bool = False
     ) -> None:
-        self.weights = {} if weights is None else weights
-        self.token_mask = token_mask
-        self.num_tokens = num_tokens
-        self.expand = expand
+        given = {} if given is None else given
+        tokens = _input_shape(given)
+        # Weights decided outside of the layers, by site; under `EXPLICIT` those that the caller passed.
+        self.weights: dict[str, torch.Tensor] = {}
         self.statistics: dict[str, torch.Tensor] = {}
+        self.expand = expand
+        self.num_tokens = None if tokens is None or encoder_decoder else math.prod(tokens)
+        self.token_mask = _token_mask(given, tokens)
+        self.logits_to_keep = given.get("logits_to_keep")
+        self.encoder_decoder = encoder_decoder
+        self.decoder_mask = _decoder_mask(given) if encoder_decoder else None
+        # None while the encoder runs: until it returns, all tokens are its own.
+        outputs = given.get("encoder_outputs")
+        self.encoder_states: Optional[torch.Tensor] = None if outputs is None else outputs[0]
+
+    def again(self, weights: dict[str, torch.Tensor]) -> Frame:
+        """A frame for running a part of the same forward again."""
+        frame = copy.copy(self)
+        frame.weights, frame.statistics = weights, {}
+        return frame
+
+    def count(self, site: str, vector: torch.Tensor) -> None:
+        held = self.statistics.get(site)
+        self.statistics[site] = vector if held is None else held + vector
+
+    def reads_encoder(self, x: torch.Tensor) -> bool:
+        """Whether a layer's input is what the encoder put out, as that of keys and values in cross-attention is."""
+        states = self.encoder_states
+        return states is not None and x.shape == states.shape and x.data_ptr() == states.data_ptr()
+
+    def kept(self, per_token: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Pick from `[batch, seq, ...]` the tokens that `logits_to_keep` lets through to the head, whose input is x."""
+        keep = self.logits_to_keep
+        if keep is None or x.dim() != 3 or x.shape[1] >= per_token.shape[1]:
+            return per_token
+        return per_token[:, slice(-keep, None) if isinstance(keep, int) else keep.to(per_token.device)]
+
+    def mask_for(self, x: torch.Tensor) -> Optional[torch.Tensor]:
+        """Which tokens of a gate's input are real; None if all are, or if the model shuffled its tokens."""
+        mask = self.token_mask
+        if self.encoder_decoder and self.encoder_states is not None and not self.reads_encoder(x):
+            mask = self.decoder_mask if x.dim() == 3 else None
+            mask = None if mask is None else mask[:, -x.shape[1] :]  # with a KV cache, it covers earlier tokens too
+        if mask is None:
+            return None
+        mask = self.kept(mask, x)
+        return mask.to(x.device) if mask.numel() == x.shape[:-1].numel() else None
 
 
 class RoutingPort:
@@ -74,7 +113,7 @@ class RoutingPort:
         self.site: Optional[str] = None  # set while a router is attached
 
     def weights_for(self, layer: nn.Module, x: torch.Tensor) -> Optional[torch.Tensor]:
-        """The weights of the layer's tokens, columns as in `layer.active_adapters`; None if the layer is not routed."""
+        """Weights of the layer's tokens, columns as in `layer.active_adapters`; None if the layer is not routed."""
         if layer.disable_adapters:
             return None
         context, frame = self.context, self.context.frame
@@ -84,11 +123,25 @@ class RoutingPort:
             return None
         if self.site == self.layer_name:
             weights = context.decide(self.site, _gate_input(layer, x))
-        elif self.site in frame.weights:
-            weights = frame.weights[self.site].to(x.device)
-        else:  # before the block at which a model-scope router looks
+        elif not self.is_decided:  # before the block at which a model-scope router looks
             return x.new_zeros(len(layer.active_adapters), dtype=torch.float32)
+        elif frame.reads_encoder(x):  # the block decided for its own tokens, and only they are measured
+            weights = context.router(self.site, x)[1].weights
+        else:
+            weights = frame.kept(frame.weights[self.site].to(x.device), x)
         return context.in_order_of(layer.active_adapters, weights)
+
+    @property
+    def kept_experts(self) -> Optional[int]:
+        """How many experts the router keeps for a token; None if that is not fixed or others decide."""
+        if self.site is None or EXPLICIT in self.context.frame.weights:
+            return None
+        return self.context.router.kept_experts
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether a layer that runs now gets weights from the router: from its own gate, or from one before it."""
+        return self.site == self.layer_name or self.site in self.context.frame.weights
 
 
 def _gate_input(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -143,24 +196,22 @@ class RoutingContext:
         """Run the gate of a site, measure it, and return the weights `[..., num_experts]`."""
         logits, routing = self.router(site, hidden_states)
         if self.running or len(self.frames) > 1:
-            mask = self.frame.token_mask
-            if mask is not None and mask.numel() != logits.shape[:-1].numel():
-                mask = None  # the model routed its tokens elsewhere before this layer: count what arrived
-            mask = None if mask is None else mask.to(logits.device)
-            self.frame.statistics[site] = gate_statistics(logits, routing, mask)
+            self.frame.count(site, gate_statistics(logits, routing, self.frame.mask_for(hidden_states)))
         if self.records is not None and self.running:
             self.records.setdefault(site, []).append(routing.weights.detach())
         return routing.weights
 
     def fit_explicit(self, frame: Frame, x: torch.Tensor, *, embedding: bool, where: str) -> torch.Tensor:
         weights = frame.weights[EXPLICIT].to(x.device)
+        if weights.dim() == 3 and not embedding:
+            weights = frame.kept(weights, x)
         batch = x.shape[0]
         if weights.dim() == 2 and x.dim() == 2 and not embedding and frame.num_tokens is not None:
             if batch not in (len(weights), frame.num_tokens):
                 raise ValueError(
-                    f"routing_weights of shape {tuple(weights.shape)} cannot be matched to the {batch} tokens that enter "
-                    f"'{where}': the model selects or adds tokens before it (this call has {frame.num_tokens}). Pass "
-                    "[num_experts], or leave this layer out of target_modules."
+                    f"routing_weights of shape {tuple(weights.shape)} cannot be matched to the {batch} tokens that "
+                    f"enter '{where}': the model selects or adds tokens before it (this call has {frame.num_tokens}). "
+                    "Pass [num_experts], or leave this layer out of target_modules."
                 )
         if frame.expand and weights.dim() == 2 and batch != len(weights) and batch % len(weights) == 0:
             weights = weights.repeat_interleave(batch // len(weights), dim=0)
@@ -175,24 +226,24 @@ class RoutingContext:
         """Route by these weights until called again: every forward of the model, and what runs between two of them,
         such as the encoder that `generate` calls by itself."""
         self.explicit, self.expand = weights, expand
-        self.frames = [self._frame_between_forwards()]
+        self.frames, self.owner = [self._frame_between_forwards()], None
 
     def _frame_between_forwards(self) -> Frame:
-        return Frame({} if self.explicit is None else {EXPLICIT: self.explicit}, expand=self.expand)
+        frame = Frame(expand=self.expand)
+        if self.explicit is not None:
+            frame.weights[EXPLICIT] = self.explicit
+        return frame
 
     def begin(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the base model and of its backbone: whichever is called first opens the frame."""
+        """Forward pre-hook of base model, backbone and encoder: whichever is called first opens the frame."""
         if self.owner is not None and self.owner is not model:
             return
         self.owner = model
         self.statistics = {}
-        frame = Frame(expand=self.expand)
         given = _named_arguments(model, args, kwargs)
-        tokens = _input_shape(given)
-        frame.token_mask = _token_mask(given, tokens)
-        frame.num_tokens = _num_tokens(model, tokens)
+        frame = Frame(given, expand=self.expand, encoder_decoder=is_encoder_decoder(model))
         if self.explicit is not None:
-            self._check_fits_input(tokens, given)
+            self._check_fits_input(_input_shape(given), given)
             frame.weights[EXPLICIT] = self.explicit
         self.frames = [Frame(), frame]
         if torch.is_grad_enabled() and model.training:
@@ -211,7 +262,11 @@ class RoutingContext:
         if not (model.training and torch.is_grad_enabled()):
             return output
         self._check_differentiable(frame.statistics)
-        return self._add_losses(output, frame.statistics, _named_arguments(model, args, kwargs))
+        return self._add_losses(model, output, frame.statistics, _named_arguments(model, args, kwargs))
+
+    def leave_encoder(self, encoder: nn.Module, args: tuple, output: Any) -> None:
+        """Forward hook of the encoder of an encoder-decoder model: from here on, the decoder's tokens run."""
+        self.frame.encoder_states = output[0]
 
     def enter_block(self, site: str, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of a block with a gate: decides for the layers inside (scope "model": from here on)."""
@@ -247,11 +302,13 @@ class RoutingContext:
         if not layers or layers[0].disable_adapters or not self.mixes(layers[0].active_adapters):
             return torch.zeros(len(self.router.expert_names))
         try:
+            self.owner = self  # the hooks of what runs now have nothing to do, also where backbone and model are one
             for layer in layers:
                 layer._disable_adapters = True
             with torch.no_grad():
                 hidden_states = backbone(**inputs, use_cache=False).last_hidden_state
         finally:
+            self.owner = model
             for layer in layers:
                 layer._disable_adapters = False
         return self.decide(MODEL_SITE, hidden_states)
@@ -280,7 +337,9 @@ class RoutingContext:
                 "model.gradient_checkpointing_enable() of transformers."
             )
 
-    def _add_losses(self, output: Any, statistics: dict[str, torch.Tensor], given: dict[str, Any]) -> Any:
+    def _add_losses(
+        self, model: nn.Module, output: Any, statistics: dict[str, torch.Tensor], given: dict[str, Any]
+    ) -> Any:
         losses = router_losses(statistics)
         config = self.router.config
         total = (
@@ -288,10 +347,13 @@ class RoutingContext:
             + config.z_coef * losses["router_z_loss"]
             + config.entropy_coef * losses["router_entropy"]
         )
-        total = total * _share_of_batch(given)
+        total = total * _share_of_batch(model, given)
         if isinstance(output, dict):
             if output.get("loss") is not None:
                 output["loss"] = output["loss"] + total.to(output["loss"].device)
+            log_probs = output.get("log_probs")
+            if isinstance(log_probs, torch.Tensor):
+                output["log_probs"] = CarryLoss.apply(log_probs, output.get("label_mask"), total.to(log_probs.device))
             for name, loss in losses.items():
                 output[name] = loss
         elif isinstance(output, tuple) and given.get("labels") is not None:
@@ -324,7 +386,7 @@ class RoutingContext:
 
 
 class RoutedCheckpoint:
-    """A gradient checkpointing function that passes routing weights in and gate statistics out."""
+    """A gradient checkpointing function that passes routing weights in, and gate statistics and new weights out."""
 
     def __init__(self, function: Callable, context: RoutingContext) -> None:
         self.function = function
@@ -335,9 +397,8 @@ class RoutedCheckpoint:
         if not context.running:
             return self.function(run, *args)
         replay = _Replay(context, run, frame, num_args=len(args))
-        *outputs, statistics = _split(self.function(replay, *args, *frame.weights.values()), replay)
-        frame.statistics.update(zip(replay.sites, statistics))
-        return tuple(outputs) if replay.returns_tuple else outputs[0]
+        returned = self.function(replay, *args, *frame.weights.values())
+        return replay.hand_over(returned, frame)
 
 
 class _Replay:
@@ -347,29 +408,56 @@ class _Replay:
         self.context = context
         self.run = run
         self.num_args = num_args
-        self.names = list(frame.weights)
-        self.token_mask = frame.token_mask
-        self.num_tokens = frame.num_tokens
-        self.expand = frame.expand
-        self.sites: list[str] = []
+        self.frame = frame.again({})  # as it is now: by the time of the backward, the encoder has returned
+        self.given_sites = list(frame.weights)
+        self.counted: list[str] = []
+        self.decided: list[str] = []
+        self.num_outputs = 0
         self.returns_tuple = False
 
     def __call__(self, *inputs: Any) -> tuple:
         args, weights = inputs[: self.num_args], inputs[self.num_args :]
-        frame = Frame(dict(zip(self.names, weights)), self.token_mask, self.num_tokens, self.expand)
+        frame = self.frame.again(dict(zip(self.given_sites, weights)))
         with self.context.within(frame):
             output = self.run(*args)
-        self.sites = list(frame.statistics)
         self.returns_tuple = isinstance(output, tuple)
-        return (*(output if self.returns_tuple else (output,)), *frame.statistics.values())
+        outputs = output if self.returns_tuple else (output,)
+        self.num_outputs = len(outputs)
+        decided = {site: made for site, made in frame.weights.items() if site not in self.given_sites}
+        self.counted, self.decided = list(frame.statistics), list(decided)
+        return (*outputs, *frame.statistics.values(), *decided.values())
+
+    def hand_over(self, returned: tuple, frame: Frame) -> Any:
+        """Put what the gates inside measured and decided into the frame; return the computation's own output."""
+        outputs, rest = returned[: self.num_outputs], returned[self.num_outputs :]
+        for site, vector in zip(self.counted, rest):
+            frame.count(site, vector)
+        frame.weights.update(zip(self.decided, rest[len(self.counted) :]))
+        return tuple(outputs) if self.returns_tuple else outputs[0]
 
 
-def _split(outputs: tuple, replay: _Replay) -> list:
-    count = len(outputs) - len(replay.sites)
-    return [*outputs[:count], outputs[count:]]
+class CarryLoss(torch.autograd.Function):
+    """The identity on per-token log-probabilities; its backward also sends a gradient into a loss.
+
+    TRL's trainers make their loss from `outputs.log_probs` and never read `outputs.loss`. The router's loss then
+    weighs as much as all labels together pull on their log-probabilities: one where their loss is the mean over the
+    labels, this call's share where it is the mean over an accumulated batch.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, log_probs: torch.Tensor, label_mask: Optional[torch.Tensor], loss: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.label_mask, ctx.loss_dtype = label_mask, loss.dtype
+        return log_probs.view_as(log_probs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor]:
+        pull = gradient.abs() if ctx.label_mask is None else gradient.abs() * ctx.label_mask
+        return gradient, None, pull.sum().to(ctx.loss_dtype)
 
 
-# -- reading the arguments of a forward --------------------------------------------------------------------------------
+# -- reading the arguments of a forward ------------------------------------------------------------------------------
 
 FIRST_PASS_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
 
@@ -390,12 +478,6 @@ def _input_shape(given: dict[str, Any]) -> Optional[tuple[int, ...]]:
     return None
 
 
-def _num_tokens(model: nn.Module, tokens: Optional[tuple[int, ...]]) -> Optional[int]:
-    if tokens is None or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return None  # encoder and decoder differ in length
-    return math.prod(tokens)
-
-
 def _token_mask(given: dict[str, Any], tokens: Optional[tuple[int, ...]]) -> Optional[torch.Tensor]:
     """Which tokens of this call are real; with a KV cache, the attention mask also covers the tokens before them."""
     mask = given.get("attention_mask")
@@ -406,14 +488,30 @@ def _token_mask(given: dict[str, Any], tokens: Optional[tuple[int, ...]]) -> Opt
     return mask[:, mask.shape[1] - tokens[1] :].bool()
 
 
-def _share_of_batch(given: dict[str, Any]) -> Any:
+def _decoder_mask(given: dict[str, Any]) -> Optional[torch.Tensor]:
+    """Which tokens of a decoder are real, `[batch, seq]`; where only labels are given, those that predict one."""
+    mask, labels = given.get("decoder_attention_mask"), given.get("labels")
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+        return mask.bool()
+    return labels != -100 if isinstance(labels, torch.Tensor) and labels.dim() == 2 else None
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _share_of_batch(model: nn.Module, given: dict[str, Any]) -> Any:
     """This call's share of an accumulated batch, so that the losses of its micro-batches add up to one mean.
 
-    transformers' Trainer passes `num_items_in_batch`, the label tokens of all micro-batches of a step together, and
-    then does not divide the loss by the accumulation steps.
+    transformers' Trainer passes `num_items_in_batch`, the labels of all micro-batches of a step together, and then
+    does not divide the loss by the accumulation steps. Labels are counted as it counts them: a loss that shifts its
+    labels never predicts the first.
     """
     num_items, labels, shifted = (given.get(key) for key in ("num_items_in_batch", "labels", "shift_labels"))
     if num_items is None or not isinstance(labels, torch.Tensor):
         return 1.0
-    counted = shifted if isinstance(shifted, torch.Tensor) else labels[..., 1:]
-    return (counted != -100).sum() / num_items
+    if isinstance(shifted, torch.Tensor):
+        labels = shifted
+    elif LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss and not is_encoder_decoder(model):
+        labels = labels[..., 1:]
+    return (labels != -100).sum() / num_items

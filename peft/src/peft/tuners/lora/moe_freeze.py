@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 from .config import LoraConfig
+from .moe_losses import mean_weights
 
 
 if TYPE_CHECKING:
@@ -64,7 +65,9 @@ def freeze_routing(
     if weights is not None:
         fixed = torch.as_tensor(weights, dtype=torch.float64)
         if fixed.shape != (len(experts),):
-            raise ValueError(f"weights must hold one number for each of the experts {experts}, got {list(fixed.shape)}.")
+            raise ValueError(
+                f"weights must hold one number for each of the experts {experts}, got {list(fixed.shape)}."
+            )
         by_layer = dict.fromkeys(layers, fixed)
     else:
         by_layer = _mean_weights(model, layers, inputs)
@@ -82,22 +85,26 @@ def freeze_routing(
 
 @torch.no_grad()
 def _mean_weights(model: LoraModel, layers: dict[str, nn.Module], inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
-    mask = inputs.get("attention_mask")
+    decided = set()
+
+    def note(layer: nn.Module, args: tuple) -> None:
+        if layer.routing_port.is_decided:
+            decided.add(layer.routing_port.layer_name)
+
+    handles = [layer.register_forward_pre_hook(note) for layer in layers.values()]
     was_training = model.training
     model.eval()
     try:
-        with model.record_routing() as recorded:
-            model(**inputs)
+        model(**inputs)
     finally:
         model.train(was_training)
-    means = {}
-    for site, (weights,) in recorded.items():
-        flat = weights.reshape(-1, weights.shape[-1])
-        if mask is not None and mask.numel() == len(flat):
-            flat = flat[mask.reshape(-1).bool()]
-        means[site] = flat.mean(dim=0)
+        for handle in handles:
+            handle.remove()
+    means = {site: mean_weights(vector) for site, vector in model._routing_context().statistics.items()}
+    if not means:
+        raise ValueError("The router did not run on the inputs. Activate its experts, and enable the adapters.")
     unrouted = torch.zeros(len(model._router_of().expert_names))
-    return {name: means.get(layer.routing_port.site, unrouted) for name, layer in layers.items()}
+    return {name: means[layer.routing_port.site] if name in decided else unrouted for name, layer in layers.items()}
 
 
 @torch.no_grad()
@@ -110,7 +117,11 @@ def _join(layer: nn.Module, experts: list[str], weights: torch.Tensor):
         return None
     if embedding:
         A = torch.cat([layer.lora_embedding_A[name] for name, _ in pairs], dim=0)
-        return A, torch.cat([layer.lora_embedding_B[name] * (w * layer.scaling[name]) for name, w in pairs], dim=1), None
+        return (
+            A,
+            torch.cat([layer.lora_embedding_B[name] * (w * layer.scaling[name]) for name, w in pairs], dim=1),
+            None,
+        )
     groups = getattr(layer.get_base_layer(), "groups", 1)
     A = [layer.lora_A[name].weight.unflatten(0, (groups, -1)) for name, _ in pairs]
     B = [layer.lora_B[name].weight * (w * layer.scaling[name]) for name, w in pairs]

@@ -33,6 +33,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .moe_sparse import pays, sparse_update
+
 
 if TYPE_CHECKING:
     from .layer import LoraLayer
@@ -57,17 +59,24 @@ class RoutedLayerMixin:
 def _accept_routing_weights(forward):
     @functools.wraps(forward)
     def forward_or_routed(self, x, *args, routing_weights: Optional[torch.Tensor] = None, **kwargs):
+        kept = None
         if routing_weights is None and self.routing_port is not None:
             routing_weights = self.routing_port.weights_for(self, x)
+            kept = self.routing_port.kept_experts
         if routing_weights is None:
             return forward(self, x, *args, **kwargs)
-        return routed_forward(self, x, *args, routing_weights=routing_weights, **kwargs)
+        return routed_forward(self, x, *args, routing_weights=routing_weights, kept=kept, **kwargs)
 
     return forward_or_routed
 
 
 def routed_forward(
-    layer: LoraLayer, x: torch.Tensor, *args: Any, routing_weights: torch.Tensor, **kwargs: Any
+    layer: LoraLayer,
+    x: torch.Tensor,
+    *args: Any,
+    routing_weights: torch.Tensor,
+    kept: Optional[int] = None,
+    **kwargs: Any,
 ) -> torch.Tensor:
     """Output of the base layer plus the update of all active adapters, each weighted per token.
 
@@ -78,6 +87,7 @@ def routed_forward(
         routing_weights: weight of each adapter, `[num_experts]`, `[batch, num_experts]` or
             `[batch, seq, num_experts]`; the columns follow `layer.active_adapters`. Adapters that this layer lacks are
             skipped, the others keep their weight. A row of zeros leaves that token to the base layer.
+        kept: how many entries of a row are not zero at most, if that is known; lets many experts run sparsely.
 
     Returns:
         The layer's output in the dtype that the base layer returns.
@@ -109,7 +119,7 @@ def routed_forward(
     elif isinstance(layer.lora_A[held[0]], nn.modules.conv._ConvNd):
         delta = _conv_delta(layer, x, routing_weights, held, columns)
     else:
-        delta = _linear_delta(layer, x, routing_weights, held, columns)
+        delta = _linear_delta(layer, x, routing_weights, held, columns, kept)
     return (result + delta).to(result.dtype)
 
 
@@ -145,7 +155,9 @@ def refuse_unroutable(layer: LoraLayer, **kwargs: Any) -> None:
         if name in layer.lora_A and not isinstance(layer.lora_A[name], nn.Module):
             raise ValueError(f"Layers of type {kind} do not support routing_weights; use plain LoRA adapters.")
     if getattr(layer.get_base_layer(), "_hf_tp_plan", None) is not None:
-        raise ValueError("routing_weights does not support tensor-parallel layers. Load the base model without tp_plan.")
+        raise ValueError(
+            "routing_weights does not support tensor-parallel layers. Load the base model without tp_plan."
+        )
 
 
 def fit_to_tokens(routing_weights: torch.Tensor, tokens: tuple[int, ...], where: str = "input") -> torch.Tensor:
@@ -173,7 +185,7 @@ def fit_to_tokens(routing_weights: torch.Tensor, tokens: tuple[int, ...], where:
     if len(lead) == 2 and len(tokens) == 1 and lead[0] * lead[1] == batch:
         return routing_weights.reshape(batch, num_experts)
     raise ValueError(
-        f"routing_weights of shape {tuple(routing_weights.shape)} does not fit an {where} of {tuple(tokens)} tokens. "
+        f"routing_weights of shape {tuple(routing_weights.shape)} does not fit the {where} of {tuple(tokens)} tokens. "
         "Pass [num_experts], [batch, num_experts] or [batch, seq, num_experts] for the batch and sequence length of "
         "this call."
     )
@@ -191,13 +203,24 @@ class ExpertStack(NamedTuple):
     bias: Optional[torch.Tensor]
 
 
-def _linear_delta(layer, x, routing_weights, names, columns) -> torch.Tensor:
+def _linear_delta(layer, x, routing_weights, names, columns, kept) -> torch.Tensor:
     names, columns = _sorted_by_dropout(layer, names, columns)
+    ranks = [layer.r[name] for name in names]
     stack = _expert_stack(layer, names)
     x = layer._cast_input_dtype(x, stack.A.dtype)
-    hidden = _down(layer, x, stack.A, names, F.linear, feature_dim=-1)
-    weights = _scaled(layer, fit_to_tokens(routing_weights, tuple(x.shape[:-1])), names, columns, hidden.dtype)
-    delta = F.linear(_weigh(hidden, weights, [layer.r[name] for name in names]), stack.B)
+    weights = fit_to_tokens(routing_weights, tuple(x.shape[:-1]))
+    rates = {_dropout_rate(layer, name) if layer.training else 0.0 for name in names}
+    if len(rates) == 1 and pays(x.shape[:-1].numel(), ranks, kept):
+        weights = _scaled(layer, weights, names, columns, x.dtype)
+        flat, rate = x.flatten(0, -2), rates.pop()
+        flat = F.dropout(flat, rate) if rate > 0 else flat
+        by_token = weights.expand(*x.shape[:-1], -1).flatten(0, -2)
+        update = sparse_update(flat, by_token, stack.A, stack.B, ranks, min(kept, len(names)))
+        delta = update.unflatten(0, x.shape[:-1])
+    else:
+        hidden = _down(layer, x, stack.A, names, F.linear, feature_dim=-1)
+        weights = _scaled(layer, weights, names, columns, hidden.dtype)
+        delta = F.linear(_weigh(hidden, weights, ranks), stack.B)
     return delta if stack.bias is None else delta + weights @ stack.bias.to(weights.dtype)
 
 
@@ -268,6 +291,7 @@ def _scaled(layer, routing_weights, names, columns, dtype) -> torch.Tensor:
     if columns is not None:
         routing_weights = torch.stack([routing_weights[..., column] for column in columns], dim=-1)
     scalings = [layer.scaling[name] for name in names]
+    routing_weights = routing_weights.to(torch.promote_types(routing_weights.dtype, dtype))  # round once, at the end
     if len(set(scalings)) == 1:
         return (routing_weights * scalings[0]).to(dtype)
     # A list of floats becomes a tensor without a copy from the host in each call: scale the columns one by one.
@@ -301,10 +325,19 @@ def _expert_stack(layer, names: list[str]) -> ExpertStack:
     return held.stack
 
 
+def drop_expert_stacks(model: nn.Module) -> None:
+    """Forget the stacks that layers keep, after or before weights are written through `.data`."""
+    for module in model.modules():
+        if isinstance(module, RoutedLayerMixin):
+            module._caches.pop(STACK_CACHE_KEY, None)
+
+
 class _HeldStack:
     """A stack together with what tells whether it still holds: parameters, their storage and their version.
 
-    The aliases keep the storages alive, so that an address cannot be given to other values meanwhile.
+    The aliases keep the storages alive, so that an address cannot be given to other values meanwhile. What cannot be
+    seen is an in-place write through `.data` between two calls without gradients: write to the parameter itself,
+    under `torch.no_grad()`.
     """
 
     def __init__(self, names: list[str], tensors: list[torch.Tensor], stack: ExpertStack) -> None:

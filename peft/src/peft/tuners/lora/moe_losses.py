@@ -15,7 +15,7 @@
 
 Each gate adds up one vector over the real tokens of a batch (padding left out):
 
-    [tokens, sum of logsumexp^2, sum of entropy, sum of probabilities (E), sum of assignments (E)]
+    [tokens, sum of logsumexp^2, sum of entropy, sums of probabilities (E), of assignments (E), of weights (E)]
 
 Sums, not means: they pass unchanged through gradient checkpointing as an output of the checkpointed block, so that
 recomputation neither counts a token twice nor loses the gradient.
@@ -32,10 +32,8 @@ import torch
 from .moe_selection import Routing, at_least_float32
 
 
-def gate_statistics(
-    logits: torch.Tensor, routing: Routing, token_mask: Optional[torch.Tensor] = None
-) -> torch.Tensor:
-    """The vector of sums described above, [3 + 2 E], differentiable in the logits.
+def gate_statistics(logits: torch.Tensor, routing: Routing, token_mask: Optional[torch.Tensor] = None) -> torch.Tensor:
+    """The vector of sums described above, [3 + 3 E], differentiable in the logits.
 
     Args:
         logits: [*T, E], the gate's scores.
@@ -51,6 +49,7 @@ def gate_statistics(
         entropy_T[:, None],
         probabilities_TE,
         routing.assignment.reshape(-1, num_experts),
+        routing.weights.detach().reshape(-1, num_experts),
     ]
     measured = torch.cat(columns, dim=-1)
     if token_mask is not None:
@@ -62,8 +61,8 @@ def gate_statistics(
 def router_losses(statistics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The router's losses, each the mean over the gates.
 
-    - balance: E * sum_e f_e P_e, with f_e the share of assignments and P_e the mean probability of expert e; 1 when the
-      load is even (Fedus et al. 2021, eq. 4, https://huggingface.co/papers/2101.03961).
+    - balance: E * sum_e f_e P_e, with f_e the share of assignments and P_e the mean probability of expert e; 1 when
+      the load is even (Fedus et al. 2021, eq. 4, https://huggingface.co/papers/2101.03961).
     - z: mean of logsumexp(logits)^2 (Zoph et al. 2022, eq. 5, https://huggingface.co/papers/2202.08906).
     - entropy: mean entropy of a token's probabilities, in nats.
 
@@ -75,11 +74,16 @@ def router_losses(statistics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
     for vector in statistics.values():
         vector = vector.to(device)
         per_token = vector[1:] / vector[0].clamp(min=1.0)
-        probability_E, assignment_E = per_token[2:].chunk(2)
+        probability_E, assignment_E, _ = per_token[2:].chunk(3)
         balance = len(probability_E) * (probability_E * assignment_E).sum()
         means.append(torch.stack([balance, per_token[0], per_token[1]]))
     balance, z, entropy = torch.stack(means).mean(dim=0)
     return {"router_balance_loss": balance, "router_z_loss": z, "router_entropy": entropy}
+
+
+def mean_weights(vector: torch.Tensor) -> torch.Tensor:
+    """The mean weight that a gate gave each expert, [E], from its vector of [`gate_statistics`]."""
+    return vector[3:].chunk(3)[2] / vector[0].clamp(min=1.0)
 
 
 def summarize(statistics: dict[str, torch.Tensor], expert_names: list[str]) -> dict[str, dict]:
@@ -92,7 +96,7 @@ def summarize(statistics: dict[str, torch.Tensor], expert_names: list[str]) -> d
     summary = {}
     for name, vector in statistics.items():
         tokens, _, entropy, *per_expert = vector.tolist()
-        probabilities, assignments = per_expert[: len(expert_names)], per_expert[len(expert_names) :]
+        probabilities, assignments = per_expert[: len(expert_names)], per_expert[len(expert_names) :]  # then weights
         count = max(tokens, 1.0)
         usage = {expert: total / count for expert, total in zip(expert_names, assignments)}
         probability = {expert: total / count for expert, total in zip(expert_names, probabilities)}

@@ -20,13 +20,14 @@ import json
 import os
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Callable, Iterator, NamedTuple, Optional, Sequence, Union
+from typing import Any, Iterator, NamedTuple, Optional, Sequence, Union
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_file, save_model
 from torch import nn
 
-from .moe_context import RoutingContext, RoutingPort
+from .moe_context import RoutingContext, RoutingPort, is_encoder_decoder
 from .moe_freeze import freeze_routing
 from .moe_layer import RoutedLayerMixin, refuse_unroutable
 from .moe_losses import router_losses, summarize
@@ -66,8 +67,13 @@ class RoutedLoraMixin:
         _check_explicit(weights, active)
         for layer in layers.values():
             refuse_unroutable(layer)
-        if not any(name in layer.lora_A or name in layer.lora_embedding_A for layer in layers.values() for name in active):
-            raise ValueError(f"None of the active adapters {list(active)} has LoRA weights in this model.")
+        held = {name for layer in layers.values() for name in (*layer.lora_A, *layer.lora_embedding_A)}
+        if not held.issuperset(active):
+            unknown = [name for name in active if name not in held]
+            raise ValueError(
+                f"The active adapters {unknown} have no LoRA weights in this model, which holds {sorted(held)}. "
+                "Activate adapters that it holds with base_model.set_adapter([...])."
+            )
 
         context = self._routing_context()
         temporary = self._hook_model(context) if context.router is None else []
@@ -177,9 +183,8 @@ class RoutedLoraMixin:
         if router is None:
             raise ValueError("No router is attached, so there is none to save.")
         os.makedirs(save_directory, exist_ok=True)
-        tensors = {key: value.detach().contiguous() for key, value in router.state_dict().items()}
         weights_path = os.path.join(save_directory, ROUTER_WEIGHTS_NAME)
-        save_file(tensors, weights_path + ".partial")
+        save_model(router, weights_path + ".partial")
         os.replace(weights_path + ".partial", weights_path)
         config_path = os.path.join(save_directory, ROUTER_CONFIG_NAME)
         with open(config_path + ".partial", "w") as file:
@@ -187,14 +192,17 @@ class RoutedLoraMixin:
         os.replace(config_path + ".partial", config_path)
 
     def load_router(self, directory: str, gate: Optional[Union[nn.Module, GateFactory]] = None) -> Router:
-        """Attach the router that [`save_router`] wrote; its experts must be loaded. `gate` as in [`attach_router`]."""
-        config_path = os.path.join(directory, ROUTER_CONFIG_NAME)
-        if not os.path.isfile(config_path):
-            raise ValueError(f"'{directory}' holds no {ROUTER_CONFIG_NAME}; pass a folder that save_router wrote.")
-        with open(config_path) as file:
+        """Attach the router that [`save_router`] wrote; its experts must be loaded. `gate` as in [`attach_router`].
+
+        Raises:
+            ValueError: the folder is not one that `save_router` wrote, or its router is not for this model's adapters.
+        """
+        for name in (ROUTER_CONFIG_NAME, ROUTER_WEIGHTS_NAME):
+            if not os.path.isfile(os.path.join(directory, name)):
+                raise ValueError(f"'{directory}' holds no {name}; pass a folder that save_router wrote.")
+        with open(os.path.join(directory, ROUTER_CONFIG_NAME)) as file:
             saved = json.load(file)
         config = RouterConfig(**saved["router"])
-        tensors = load_file(os.path.join(directory, ROUTER_WEIGHTS_NAME))
         # The saved gates replace the initialisation, which may need experts that are trained.
         init, config.init = config.init, "zeros"
         router = self.attach_router(gate, experts=saved["expert_names"], config=config)
@@ -202,7 +210,14 @@ class RoutedLoraMixin:
         for built in router.gates.values():
             if router.built_in:
                 built.absolute = init == "experts"
-        router.load_state_dict(tensors)
+        try:
+            load_model(router, os.path.join(directory, ROUTER_WEIGHTS_NAME))
+        except (RuntimeError, SafetensorError) as error:
+            self.detach_router()
+            raise ValueError(
+                f"The router in '{directory}' does not fit these adapters, or its file is damaged: {error}. Load the "
+                "adapters it was saved with, and pass the same kind of gate."
+            ) from error
         return router
 
     def export_expert(self, name: str, save_directory: str) -> None:
@@ -239,7 +254,9 @@ class RoutedLoraMixin:
     def _check_merge_allowed(self) -> None:
         router = self._router_of()
         layers = self._adapted_layers()
-        if router is not None and any(self._routing_context().mixes(layer.active_adapters) for layer in layers.values()):
+        if router is not None and any(
+            self._routing_context().mixes(layer.active_adapters) for layer in layers.values()
+        ):
             raise ValueError(
                 "A routed model cannot be merged: its weights differ for each token. Fix them first, with "
                 "freeze_routing(...), and merge the adapter that gives; or export single experts."
@@ -334,7 +351,7 @@ class RoutedLoraMixin:
                 self._router_hooks.append(site.module.register_forward_hook(leave, always_call=True))
 
     def _rebuild_router(self, router: Router) -> None:
-        """Attach the router anew after its experts changed: layers that lost all experts lose their gate, new ones get one."""
+        """Attach the router anew after its experts changed: sites without experts lose their gate, new ones get one"""
         self.detach_router()
         sites = find_sites(self.model, self._layers_with(router.expert_names), router.config)
         router.rebuild(sites)
@@ -344,8 +361,15 @@ class RoutedLoraMixin:
 
     def _hook_model(self, context: RoutingContext) -> list:
         handles = []
+        entrances = [self.model]
         backbone = getattr(self.model, "base_model", None)
-        for module in [self.model] + [backbone] * (isinstance(backbone, nn.Module) and backbone is not self.model):
+        if isinstance(backbone, nn.Module) and backbone is not self.model:
+            entrances.append(backbone)
+        if is_encoder_decoder(self.model):
+            encoder = self.model.get_encoder()  # `generate` calls it alone
+            handles.append(encoder.register_forward_hook(context.leave_encoder))
+            entrances.append(encoder)
+        for module in entrances:
             handles.append(module.register_forward_pre_hook(context.begin, with_kwargs=True))
             handles.append(module.register_forward_hook(context.end, with_kwargs=True, always_call=True))
         return handles
@@ -354,7 +378,7 @@ class RoutedLoraMixin:
 def _place_gate(router: Router, site: RouterSite) -> None:
     """Move a gate to the device of the layers it serves.
 
-    The library's own gates are float32 whatever the base model's dtype, as adapters are, and float64 for float64 models.
+    The library's own gates are float32 whatever the base model's dtype, as adapters are; float64 for float64 models.
     """
     layer = next(iter(site.layers.values()))
     reference = next(layer.parameters(), None)
@@ -419,9 +443,10 @@ INPUT_NAMES = ("inputs", "input_ids", "inputs_embeds", "input_features")
 def check_supports_routing(model: nn.Module) -> None:
     """Raise a `ValueError` if the adapters of a `PeftModel` cannot take `routing_weights`."""
     if not isinstance(getattr(model, "base_model", None), RoutedLoraMixin):
+        kind = getattr(model, "peft_type", None) or type(model).__name__
         raise ValueError(
-            f"routing_weights needs LoRA adapters, but this model's adapters are of type {model.peft_type}. Remove the "
-            "argument or use LoRA."
+            f"routing_weights needs a PeftModel with LoRA adapters, but this model's adapters are of type {kind}. "
+            "Remove the argument or use LoRA."
         )
 
 

@@ -77,7 +77,9 @@ class RouterConfig:
         _check_choice("selection", self.selection, SELECTIONS)
         _check_choice("init", self.init, INITS)
         if self.selection in ("top_k", "hybrid") and self.top_k is None:
-            raise ValueError(f"selection='{self.selection}' needs top_k. Set top_k to the experts kept for each token.")
+            raise ValueError(
+                f"selection='{self.selection}' needs top_k. Set top_k to the experts kept for each token."
+            )
         if self.selection == "top_p" and self.top_p is None:
             raise ValueError("selection='top_p' needs top_p. Set top_p to a probability in (0, 1].")
         if self.top_k is not None and self.selection not in ("top_k", "hybrid"):
@@ -216,6 +218,12 @@ class Router(nn.Module):
             training=self.training,
         )
         return logits, routing
+
+    @property
+    def kept_experts(self) -> Optional[int]:
+        """How many experts a token keeps; None where all of them, or a number that varies."""
+        sparse = self.config.selection == "top_k" or (self.config.selection == "hybrid" and not self.training)
+        return self.config.top_k if sparse else None
 
     @torch.no_grad()
     def add_expert(self, name: str) -> None:

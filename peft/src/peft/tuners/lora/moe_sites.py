@@ -67,8 +67,8 @@ def hidden_size(model: nn.Module) -> int:
         if getattr(text, name, None) is not None:
             return getattr(text, name)
     raise ValueError(
-        f"Cannot tell the hidden size of {type(model).__name__} from its config. Use router scope 'layer', which looks "
-        "at the input of each adapted layer."
+        f"Cannot tell the hidden size of {type(model).__name__} from its config. Use router scope 'layer', which "
+        "looks at the input of each adapted layer."
     )
 
 

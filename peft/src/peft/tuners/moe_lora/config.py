@@ -103,34 +103,41 @@ class MoELoraConfig(LoraConfig):
         self.peft_type = PeftType.MOE_LORA
         for name in VARIANTS:
             if getattr(self, name):
-                raise ValueError(f"{name} cannot be combined with routing per token. Use plain LoRA (or rsLoRA) experts.")
+                raise ValueError(
+                    f"{name} cannot be combined with routing per token. Use plain LoRA (or rsLoRA) experts."
+                )
         for name in ("arrow_config", "kasa_config", "velora_config", "monteclora_config", "use_bdlora"):
             if getattr(self, name) is not None:
                 raise ValueError(f"{name} cannot be combined with routing per token. Use plain LoRA experts.")
         if isinstance(self.experts, (list, tuple)):
             self.experts = list(self.experts)
         if self.expert_configs is None and self.num_experts is None and not self.experts:
-            raise ValueError("A mixture needs num_experts, or experts as a list of names or a dict of trained adapters.")
+            raise ValueError(
+                "A mixture needs num_experts, or experts as a list of names or a dict of trained adapters."
+            )
         if self.num_experts is not None and self.num_experts < 1:
             raise ValueError(f"num_experts is {self.num_experts}, but must be at least 1.")
         names = self.expert_names
         if self.num_experts is not None and self.num_experts != len(names):
             raise ValueError(
-                f"num_experts is {self.num_experts} but experts names {len(names)} ({names}). Leave num_experts out or "
-                "make the two agree."
+                f"num_experts is {self.num_experts} but experts names {len(names)} ({names}). Leave num_experts "
+                "out or make the two agree."
             )
         if len(set(names)) != len(names):
             raise ValueError(f"Each expert needs a name of its own, got {names}.")
         bad = [name for name in names if not name or "." in name]
         if bad:
             raise ValueError(f"Expert names must be non-empty and without dots, got {bad}.")
+        if self.expert_configs is not None and set(self.expert_configs) != set(names):
+            raise ValueError(
+                f"experts names {names} but expert_configs holds {list(self.expert_configs)}. Leave expert_configs "
+                "empty; in a saved mixture, the two belong together."
+            )
         self.num_experts = len(names)
         self.router_config().check_num_experts(self.num_experts)
 
     @property
     def expert_names(self) -> list[str]:
-        if self.expert_configs is not None:
-            return list(self.expert_configs)
         if self.experts:
             return list(self.experts)
         return [f"expert_{i}" for i in range(self.num_experts)]
@@ -148,7 +155,8 @@ class MoELoraConfig(LoraConfig):
         return LoraConfig(**arguments)
 
     def record_expert(self, name: str, config: LoraConfig) -> None:
-        """Note what differs from LoraConfig's defaults, in a form that JSON can hold."""
+        """Note an expert: its name, because the keys of a JSON file do not keep the order of the router's columns, and
+        what differs from LoraConfig's defaults."""
         default = LoraConfig()
         differs = {}
         for f in fields(LoraConfig):
@@ -156,8 +164,10 @@ class MoELoraConfig(LoraConfig):
             if f.name not in MIXTURE_ONLY | {"runtime_config", "inference_mode"} and value != getattr(default, f.name):
                 differs[f.name] = sorted(value) if isinstance(value, set) else value
         self.expert_configs = {**(self.expert_configs or {}), name: differs}
-        self.num_experts = len(self.expert_configs)
+        self.experts = [*self.experts, name]
+        self.num_experts = len(self.experts)
 
     def forget_expert(self, name: str) -> None:
         self.expert_configs = {key: value for key, value in self.expert_configs.items() if key != name}
-        self.num_experts = len(self.expert_configs)
+        self.experts = [expert for expert in self.experts if expert != name]
+        self.num_experts = len(self.experts)

@@ -14,14 +14,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Optional
 
-import torch
 from torch import nn
 
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.model import LoraModel
-from peft.tuners.lora.moe_mixin import ROUTER_ATTRIBUTE, RoutedLoraMixin
+from peft.tuners.lora.moe_mixin import RoutedLoraMixin
 from peft.tuners.lora.moe_router import Router
 from peft.tuners.tuners_utils import (
     BaseTuner,
@@ -76,6 +76,8 @@ class MoELoraModel(LoraModel):
         if taken:
             raise ValueError(f"Experts cannot have the names of other adapters: {taken}. Rename them.")
 
+        # The caller's config stays as it is, to be used again: what the mixture becomes is noted in a copy.
+        config = self.peft_config[adapter_name] = copy.copy(config)
         recorded, sources = config.expert_configs, config.experts if isinstance(config.experts, dict) else {}
         expert_configs = {}
         for name in config.expert_names:
@@ -88,15 +90,15 @@ class MoELoraModel(LoraModel):
                 expert_configs[name] = config.new_expert_config()
 
         model.peft_config = self.peft_config
-        self.mixture_name, self._trains = adapter_name, not config.inference_mode
+        self.mixture_name = adapter_name
         for name, expert_config in expert_configs.items():
             self.peft_config[name] = expert_config
             super().inject_adapter(model, name, *args, low_cpu_mem_usage=low_cpu_mem_usage, **kwargs)
-            if recorded is None:
-                config.record_expert(name, expert_config)
-                if name in sources:
-                    self._load_expert(name, sources[name], low_cpu_mem_usage)
-        config.experts = None  # from here on, expert_configs says it all
+            if recorded is None and name in sources:
+                self._load_expert(name, sources[name], low_cpu_mem_usage)
+        config.experts = []
+        for name, expert_config in expert_configs.items():
+            config.record_expert(name, expert_config)
         config.target_modules = _union_of_targets(expert_configs.values())
         set_additional_trainable_modules(
             model=model,
@@ -105,13 +107,15 @@ class MoELoraModel(LoraModel):
             adapter_name=adapter_name,
             activate_adapter=True,
         )
-        init, config.router_init = config.router_init, "zeros" if recorded is not None else config.router_init
-        router = self.attach_router(config.router_config(), experts=config.expert_names)
-        if recorded is not None and init == "experts":
-            # the saved gates follow; what they need is only to read their scores the same way
+        router_config = config.router_config()
+        from_experts = recorded is not None and router_config.init == "experts"
+        if from_experts:
+            router_config.init = "normal"  # the experts' weights follow, and the saved gates with them
+        router = self.attach_router(router_config, experts=config.expert_names)
+        if from_experts:
+            router_config.init = "experts"
             for gate in router.gates.values():
                 gate.absolute = True
-        config.router_init = router.config.init = init
         self.set_adapter(adapter_name, inference_mode=config.inference_mode)
 
     def _load_expert(self, name: str, source: str, low_cpu_mem_usage: bool) -> None:
@@ -145,7 +149,9 @@ class MoELoraModel(LoraModel):
             ValueError: the name is taken or unusable, or `changes` are given for a trained adapter.
         """
         if name in self.peft_config or not name or "." in name:
-            raise ValueError(f"'{name}' is taken, empty or holds a dot; experts are {self.mixture_config.expert_names}.")
+            raise ValueError(
+                f"'{name}' is taken, empty or holds a dot; experts are {self.mixture_config.expert_names}."
+            )
         if source is not None and changes:
             raise ValueError(f"A trained adapter keeps its own config; drop {sorted(changes)}.")
         router = self._require_router()
@@ -156,7 +162,7 @@ class MoELoraModel(LoraModel):
             if source is not None
             else config.new_expert_config(**changes)
         )
-        trained_before = [(parameter, parameter.requires_grad) for parameter in self.parameters()]
+        trained_before = self._what_trains()
         self.peft_config[name] = expert_config
         try:
             super().inject_adapter(self.model, name)
@@ -167,29 +173,39 @@ class MoELoraModel(LoraModel):
             for layer in self._adapted_layers().values():
                 if name in layer._all_available_adapter_names():
                     layer.delete_adapter(name)
+            self._restore_what_trains(trained_before)
             raise
         cast_adapter_dtype(self.model, adapter_name=name, autocast_adapter_dtype=True)
         config.record_expert(name, expert_config)
+        self._restore_what_trains(trained_before)  # making the adapter activated the mixture
         router.add_expert(name)
-        self._rebuild_router(router)
-        self.set_adapter(self.mixture_name, inference_mode=config.inference_mode)
-        for parameter, requires_grad in trained_before:
-            parameter.requires_grad_(requires_grad)
+        self._take_up_changed_experts(router, trained_before)
 
     def delete_expert(self, name: str) -> None:
         """Delete an expert and its column of the router; the other experts and their scores stay as they are."""
         router = self._require_router()
         if name not in router.expert_names:
             raise ValueError(f"There is no expert '{name}'; the experts are {router.expert_names}.")
-        trained_before = [(parameter, parameter.requires_grad) for parameter in self.parameters()]
+        trained_before = self._what_trains()
         router.delete_expert(name)
         for layer in self._adapted_layers().values():
             if name in layer._all_available_adapter_names():
                 layer.delete_adapter(name)
         del self.peft_config[name]
         self.mixture_config.forget_expert(name)
+        self._take_up_changed_experts(router, trained_before)
+
+    def _take_up_changed_experts(self, router: Router, trained_before: list[tuple[nn.Parameter, bool]]) -> None:
+        """Attach the router anew and activate the mixture; gates and what was held before train as before."""
         self._rebuild_router(router)
+        gates = [(parameter, parameter.requires_grad) for parameter in router.parameters()]
         self.set_adapter(self.mixture_name, inference_mode=self.mixture_config.inference_mode)
+        self._restore_what_trains(trained_before + gates)
+
+    def _what_trains(self) -> list[tuple[nn.Parameter, bool]]:
+        return [(parameter, parameter.requires_grad) for parameter in self.parameters()]
+
+    def _restore_what_trains(self, trained_before: list[tuple[nn.Parameter, bool]]) -> None:
         for parameter, requires_grad in trained_before:
             parameter.requires_grad_(requires_grad)
 
@@ -202,7 +218,8 @@ class MoELoraModel(LoraModel):
     def delete_adapter(self, adapter_name: str) -> None:
         if adapter_name == self.mixture_name:
             raise ValueError(
-                f"'{adapter_name}' is the mixture itself. Use delete_expert for one expert, or unload() for the base model."
+                f"'{adapter_name}' is the mixture itself. Use delete_expert for one expert, or unload() for the base "
+                "model."
             )
         super().delete_adapter(adapter_name)
 
@@ -244,10 +261,9 @@ class MoELoraModel(LoraModel):
 
     def _activate_keeping_gradients(self, names: list[str]) -> None:
         if set(names) == set(self.mixture_config.expert_names):
-            trains = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+            trained_before = self._what_trains()
             self.set_adapter(self.mixture_name)
-            for parameter, requires_grad in trains:
-                parameter.requires_grad_(requires_grad)
+            self._restore_what_trains(trained_before)
         else:
             super()._activate_keeping_gradients(names)
 
@@ -284,8 +300,8 @@ class MoELoraModel(LoraModel):
         if missing or unexpected:
             raise ValueError(
                 f"The weights do not fit this mixture of {config.expert_names}: {len(missing)} tensors are missing "
-                f"({missing[:3]}) and {len(unexpected)} are unknown ({unexpected[:3]}). Load them with the config they "
-                "were saved with, onto the base model they were trained for."
+                f"({missing[:3]}) and {len(unexpected)} are unknown ({unexpected[:3]}). Load them with the config "
+                "they were saved with, onto the base model they were trained for."
             )
         return state_dict
 
@@ -296,8 +312,8 @@ def _load_lora_config(name: str, source: str, inference_mode: bool) -> LoraConfi
         raise ValueError(f"Expert '{name}' must be a LoRA adapter, but '{source}' holds {config.peft_type}.")
     if config.bias != "none" or config.modules_to_save or config.trainable_token_indices:
         raise ValueError(
-            f"Expert '{name}' ('{source}') also trains biases, whole modules or tokens of the base model, which cannot "
-            "be weighted per token. Use an adapter with LoRA weights alone."
+            f"Expert '{name}' ('{source}') also trains biases, whole modules or tokens of the base model, which "
+            "cannot be weighted per token. Use an adapter with LoRA weights alone."
         )
     config.inference_mode = inference_mode
     return config

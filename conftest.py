@@ -1,0 +1,39 @@
+"""What holds for every test here: which peft is meant, no hub, one thread a worker, GPU tests skipped aloud."""
+
+import os
+
+import pytest
+
+# Before anything imports them: huggingface_hub and the thread pools read these once.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Imported here, first, because pytest gives a test in peft/tests/ the name peft.tests.test_x and would otherwise make
+# a module `peft` of the folder, in which no test finds the fork.
+try:
+    import peft
+
+    fork_is_installed = peft.__file__ is not None and hasattr(peft, "MoELoraConfig")
+except ModuleNotFoundError:
+    fork_is_installed = False
+
+
+def pytest_configure(config):
+    if not fork_is_installed:
+        raise pytest.UsageError(
+            "The fork of PEFT is not installed in this Python. Install it with `pip install -e ./peft`, or let "
+            "`make test` make the environment."
+        )
+
+
+def pytest_report_header():
+    return f"peft {peft.__version__} from {os.path.dirname(peft.__file__)}"
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device, and this machine has none")

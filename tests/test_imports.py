@@ -1,0 +1,163 @@
+"""Imports point one way: the fork <- dylo_moe <- scripts, and the fork <- each tool of moe_ext, and never across."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("dylo_moe", "moe_ext")
+# Front doors, as are the files at the top: they import the packages, and nothing imports them.
+SCRIPT_FOLDERS = ("benchmarks", "scripts")
+IMPORT_FUNCTIONS = ("import_module", "__import__", "importorskip")
+
+
+def layer_of(path: Path, root: Path = ROOT) -> str:
+    """What a file belongs to: fork tool, fork, dylo_moe, moe_ext, moe_ext.<tool> or script."""
+    parts = path.relative_to(root).parts
+    if parts[0] == "peft":
+        return "fork" if parts[1] in ("src", "tests") else "fork tool"
+    if parts[0] == "moe_ext" and len(parts) > 2:
+        return f"moe_ext.{parts[1]}"
+    return parts[0] if parts[0] in PACKAGES else "script"
+
+
+def imported_modules(source: str, package: str) -> Iterator[tuple[int, str]]:
+    """Line and full name of every module that this source imports, wherever in the file, relative ones resolved.
+
+    Args:
+        source: text of the file.
+        package: dotted name of the package the file lies in; "" at the top.
+    """
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            function = getattr(node.func, "attr", getattr(node.func, "id", None))
+            if function in IMPORT_FUNCTIONS and isinstance(node.args[0].value, str):
+                yield node.lineno, node.args[0].value
+
+
+def why_refused(layer: str, module: str, *, tools: set[str], scripts: set[str]) -> str | None:
+    """The rule that an import of `module` in a file of `layer` breaks, or None.
+
+    Args:
+        layer: as `layer_of` gives it.
+        module: full dotted name.
+        tools: names of the tools of moe_ext.
+        scripts: names of the modules that are scripts.
+    """
+    top, *below = module.split(".")
+    if layer == "fork tool" and top in ("peft", *PACKAGES):
+        return "the tool that builds the fork runs before anything is installed"
+    if layer == "fork" and top in PACKAGES:
+        return "the fork stands below everything of this project"
+    if layer == "dylo_moe" and top == "moe_ext":
+        return "dylo_moe and moe_ext never import each other"
+    if layer.startswith("moe_ext"):
+        if top == "dylo_moe":
+            return "dylo_moe and moe_ext never import each other"
+        tool = below[0] if top == "moe_ext" and below else None
+        if tool in tools and layer != f"moe_ext.{tool}":
+            whose = "the tools of moe_ext never" if "." in layer else "what the tools share must not"
+            return f"{whose} import a tool; move what both need to a module of moe_ext"
+    if layer != "script" and top in scripts:
+        return "nothing imports a script"
+    return None
+
+
+def faults(root: Path) -> list[str]:
+    """One line for each import under `root` that points the wrong way."""
+    tools = {folder.name for folder in (root / "moe_ext").glob("*/") if any(folder.glob("*.py"))}
+    scripts = {path.stem for path in root.glob("*.py")} | set(SCRIPT_FOLDERS)
+    found = []
+    for path in source_files(root):
+        layer = layer_of(path, root)
+        folder = path.relative_to(root / "peft" / "src" if layer == "fork" and "src" in path.parts else root).parent
+        for line, module in imported_modules(path.read_text(encoding="utf-8"), ".".join(folder.parts)):
+            if reason := why_refused(layer, module, tools=tools, scripts=scripts):
+                found.append(f"{path.relative_to(root)}:{line} imports {module}: {reason}")
+    return found
+
+
+def source_files(root: Path) -> list[Path]:
+    """Our Python files, and the built tree of the fork where there is one."""
+    folders = (*PACKAGES, "peft", "tests", *SCRIPT_FOLDERS)
+    return sorted([*root.glob("*.py"), *(path for folder in folders for path in (root / folder).rglob("*.py"))])
+
+
+def test_every_import_points_downwards():
+    assert faults(ROOT) == []
+
+
+def test_the_files_that_are_checked_are_there():
+    checked = {path.relative_to(ROOT).as_posix() for path in source_files(ROOT)}
+    assert checked >= {"dylo_moe/data.py", "moe_ext/__init__.py", "peft/fork.py", "train.py", "tests/test_imports.py"}
+    assert any(path.startswith("peft/src/peft/tuners/lora/moe_") for path in checked)
+
+
+@pytest.mark.parametrize(
+    ("path", "line"),
+    [
+        ("peft/src/peft/tuners/lora/moe_layer.py", "from dylo_moe.router import Router"),
+        ("peft/src/peft/tuners/lora/moe_layer.py", "import moe_ext"),
+        ("peft/fork.py", "import peft"),
+        ("dylo_moe/router.py", "from moe_ext.routers import find_routers"),
+        ("dylo_moe/router.py", "import train"),
+        ("dylo_moe/deep/router.py", "from benchmarks import test_speed"),
+        ("moe_ext/moqe/blend.py", "from dylo_moe import data"),
+        ("moe_ext/moqe/blend.py", "import moe_ext.router_ft.plan"),
+        ("moe_ext/moqe/blend.py", "from moe_ext import router_ft"),
+        ("moe_ext/moqe/blend.py", "from ..router_ft import plan"),
+        ("moe_ext/moqe/blend.py", "from .. import router_ft"),
+        ("moe_ext/moqe/blend.py", "def late():\n    from moe_ext.router_ft.plan import Plan"),
+        ("moe_ext/moqe/blend.py", "import importlib\nimportlib.import_module('moe_ext.router_ft')"),
+        ("moe_ext/routers.py", "from moe_ext.moqe import blend"),
+        ("moe_ext/routers.py", "from .moqe.blend import blend"),
+    ],
+)
+def test_an_import_that_points_the_wrong_way_is_found(tmp_path, path, line):
+    make_house(tmp_path)
+    write(tmp_path / path, line)
+    found = faults(tmp_path)
+    assert len(found) == 1
+    assert found[0].startswith(f"{path}:")
+
+
+@pytest.mark.parametrize(
+    ("path", "line"),
+    [
+        ("dylo_moe/router.py", "import peft\nfrom peft.tuners.lora.moe_router import RouterConfig"),
+        ("dylo_moe/router.py", "from . import data\nfrom dylo_moe.data import load_documents"),
+        ("moe_ext/moqe/blend.py", "from . import __init__\nfrom moe_ext.moqe.formats import Int4"),
+        ("moe_ext/moqe/blend.py", "from moe_ext import routers\nfrom ..routers import find_routers"),
+        ("moe_ext/router_ft/plan.py", "from peft import LoraConfig"),
+        ("scripts/train_base.py", "import dylo_moe.data\nfrom moe_ext.moqe import blend"),
+        ("peft/src/peft/tuners/lora/moe_layer.py", "from .layer import LoraLayer\nfrom peft.utils import other"),
+    ],
+)
+def test_an_import_that_points_downwards_is_let_through(tmp_path, path, line):
+    make_house(tmp_path)
+    write(tmp_path / path, line)
+    assert faults(tmp_path) == []
+
+
+def make_house(root: Path) -> None:
+    for path in (
+        "train.py",
+        "dylo_moe/data.py",
+        "moe_ext/routers.py",
+        "moe_ext/moqe/blend.py",
+        "moe_ext/router_ft/b.py",
+    ):
+        write(root / path, "import torch")
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text + "\n", encoding="utf-8")
