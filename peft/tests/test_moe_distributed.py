@@ -132,7 +132,7 @@ def results(tmp_path_factory):
     # By path, not by module name, which depends on how pytest imports its tests.
     commands = [[sys.executable, __file__, str(rank), str(port), str(folder)] for rank in range(WORLD_SIZE)]
     processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
-    errors = [process.communicate(timeout=300)[1] for process in processes]
+    errors = [process.communicate(timeout=240)[1] for process in processes]
     assert all(process.returncode == 0 for process in processes), "\n".join(errors)
     return torch.load(folder / "results.pt", weights_only=True)
 

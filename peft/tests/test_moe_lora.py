@@ -48,6 +48,7 @@ from peft import (
     PeftConfig,
     PeftModel,
     get_peft_model,
+    inject_adapter_in_model,
 )
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.moe_router import RouterConfig
@@ -245,6 +246,11 @@ class TestFromNothing:
             assert torch.equal(logits(models[0]), logits(models[1]))
             models[0].add_expert("newcomer")
             assert models[1].peft_config["default"].num_experts == 2
+
+    def test_injecting_a_mixture_without_its_tuner_is_refused(self):
+        config = MoELoraConfig(num_experts=2, target_modules=["q_proj"])
+        with pytest.raises(ValueError, match="does not support .*MOE_LORA.*Please use `get_peft_model`"):
+            inject_adapter_in_model(config, tiny_base())
 
     def test_an_optimizer_step_changes_the_logits(self):
         model = tiny_mixture()
@@ -985,3 +991,9 @@ class TestGenerate:
 
 def fail(*_):
     raise RuntimeError("made to fail")
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "lora_ga"])
+def test_an_initialisation_that_changes_the_base_weights_is_refused(init):
+    with pytest.raises(ValueError, match=f"init_lora_weights='{init}' changes the base weights"):
+        MoELoraConfig(num_experts=2, init_lora_weights=init)

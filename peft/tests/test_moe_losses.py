@@ -23,8 +23,7 @@ from moe_testing import FAMILIES, SCOPES, tiny_base, tiny_mixture, tokens, train
 from torch import nn
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from peft.tuners.lora.moe_context import CarryLoss
-from peft.tuners.lora.moe_losses import gate_statistics, router_losses, summarize
+from peft.tuners.lora.moe_losses import CarryLoss, gate_statistics, router_losses, summarize
 from peft.tuners.lora.moe_selection import select_experts
 
 

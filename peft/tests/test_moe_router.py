@@ -460,6 +460,14 @@ class TestSites:
         ):
             model.attach_router(RouterConfig(scope=scope))
 
+    def test_two_stacks_of_blocks_are_refused_by_a_model_router(self):
+        stacks = nn.ModuleDict({name: nn.Sequential(nn.Sequential(nn.Linear(4, 4))) for name in ("text", "image")})
+        model = adapters("a", "b", base=stacks, targets=["0.0"], task_type=None)
+        with pytest.raises(
+            ValueError, match=r"adapted layers lie in \['image', 'text'\]. Use scope 'layer' or 'block'"
+        ):
+            model.base_model.attach_router(RouterConfig(scope="model"))
+
     def test_a_convolution_cannot_gate_for_itself(self):
         base = nn.Sequential(nn.Conv1d(4, 6, 3), nn.ReLU())
         model = adapters("a", "b", base=base, targets=["0"], task_type=None)
@@ -778,6 +786,13 @@ class TestAttaching:
         model.attach_router(RouterConfig())
         with pytest.raises(ValueError, match="'a' is an expert of the attached router. Call detach_router"):
             model.delete_adapter("a")
+
+    def test_an_adapter_that_is_no_expert_can_be_deleted_under_a_router(self):
+        model = adapters("a", "b", "c")
+        model.attach_router(RouterConfig(), experts=["a", "b"])
+        expected = model(input_ids=tokens(1, 4)).logits
+        model.delete_adapter("c")
+        assert torch.equal(model(input_ids=tokens(1, 4)).logits, expected)
 
     def test_mixed_batches_under_a_router_are_refused(self):
         model = adapters("a", "b")

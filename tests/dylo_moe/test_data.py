@@ -9,7 +9,7 @@ from datasets import Dataset
 from datasets.exceptions import DatasetNotFoundError
 
 from dylo_moe import data
-from dylo_moe.data import load_documents, main
+from dylo_moe.data import SPLITS, load_documents, main
 from dylo_moe.downloads import DownloadError
 
 LINES = [{"text": f"document number {n}"} for n in range(400)]
@@ -30,9 +30,9 @@ def test_a_built_in_domain_comes_with_text_and_where_it_has_them_prompt_and_resp
     assert load_documents("math", "validation").column_names == ["key", "text", "prompt", "response"]
 
 
-def test_all_is_the_three_splits_together():
-    sizes = [len(load_documents("math", split)) for split in ("train", "validation", "test", "all")]
-    assert sum(sizes[:3]) == sizes[3]
+def test_all_is_the_splits_together():
+    sizes = [len(load_documents("math", split)) for split in (*SPLITS, "all")]
+    assert sum(sizes[:-1]) == sizes[-1]
 
 
 def test_the_splits_of_a_file_are_disjoint_complete_and_about_5_percent(jsonl):
@@ -114,7 +114,7 @@ def test_an_unknown_name_gives_the_closest_one():
 
 
 def test_an_unknown_split_names_those_there_are():
-    with pytest.raises(ValueError, match="split is 'valid', but must be one of train, validation, test, all"):
+    with pytest.raises(ValueError, match="split is 'valid', but must be one of pretraining, train, validation, test,"):
         load_documents("prose", "valid")
 
 

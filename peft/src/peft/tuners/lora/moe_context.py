@@ -24,9 +24,7 @@ outputs: both kinds then give the gradients, and count the tokens, of a run with
 
 from __future__ import annotations
 
-import copy
 import inspect
-import math
 from contextlib import contextmanager
 from typing import Any, Callable, Optional
 
@@ -34,74 +32,14 @@ import torch
 from torch import nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
+from .moe_frame import Frame, input_shape
 from .moe_layer import fit_to_tokens
-from .moe_losses import gate_statistics, router_losses
+from .moe_losses import CarryLoss, gate_statistics, router_losses
 from .moe_router import Router
 
 
 EXPLICIT = "routing_weights"
 MODEL_SITE = "model"
-
-
-class Frame:
-    """What is known while the model, or a checkpointed block of it, runs.
-
-    Args:
-        given: the arguments of the forward by name, from which the tokens are told; none between two forwards.
-        expand: whether rows of `[batch, num_experts]` may be repeated, as `generate` repeats its inputs over beams.
-        encoder_decoder: whether the model has two sequences of tokens, of an encoder and of a decoder.
-    """
-
-    def __init__(
-        self, given: Optional[dict[str, Any]] = None, *, expand: bool = False, encoder_decoder: bool = False
-    ) -> None:
-        given = {} if given is None else given
-        tokens = _input_shape(given)
-        # Weights decided outside of the layers, by site; under `EXPLICIT` those that the caller passed.
-        self.weights: dict[str, torch.Tensor] = {}
-        self.statistics: dict[str, torch.Tensor] = {}
-        self.expand = expand
-        self.num_tokens = None if tokens is None or encoder_decoder else math.prod(tokens)
-        self.token_mask = _token_mask(given, tokens)
-        self.logits_to_keep = given.get("logits_to_keep")
-        self.encoder_decoder = encoder_decoder
-        self.decoder_mask = _decoder_mask(given) if encoder_decoder else None
-        # None while the encoder runs: until it returns, all tokens are its own.
-        outputs = given.get("encoder_outputs")
-        self.encoder_states: Optional[torch.Tensor] = None if outputs is None else outputs[0]
-
-    def again(self, weights: dict[str, torch.Tensor]) -> Frame:
-        """A frame for running a part of the same forward again."""
-        frame = copy.copy(self)
-        frame.weights, frame.statistics = weights, {}
-        return frame
-
-    def count(self, site: str, vector: torch.Tensor) -> None:
-        held = self.statistics.get(site)
-        self.statistics[site] = vector if held is None else held + vector
-
-    def reads_encoder(self, x: torch.Tensor) -> bool:
-        """Whether a layer's input is what the encoder put out, as that of keys and values in cross-attention is."""
-        states = self.encoder_states
-        return states is not None and x.shape == states.shape and x.data_ptr() == states.data_ptr()
-
-    def kept(self, per_token: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Pick from `[batch, seq, ...]` the tokens that `logits_to_keep` lets through to the head, whose input is x."""
-        keep = self.logits_to_keep
-        if keep is None or x.dim() != 3 or x.shape[1] >= per_token.shape[1]:
-            return per_token
-        return per_token[:, slice(-keep, None) if isinstance(keep, int) else keep.to(per_token.device)]
-
-    def mask_for(self, x: torch.Tensor) -> Optional[torch.Tensor]:
-        """Which tokens of a gate's input are real; None if all are, or if the model shuffled its tokens."""
-        mask = self.token_mask
-        if self.encoder_decoder and self.encoder_states is not None and not self.reads_encoder(x):
-            mask = self.decoder_mask if x.dim() == 3 else None
-            mask = None if mask is None else mask[:, -x.shape[1] :]  # with a KV cache, it covers earlier tokens too
-        if mask is None:
-            return None
-        mask = self.kept(mask, x)
-        return mask.to(x.device) if mask.numel() == x.shape[:-1].numel() else None
 
 
 class RoutingPort:
@@ -243,7 +181,7 @@ class RoutingContext:
         given = _named_arguments(model, args, kwargs)
         frame = Frame(given, expand=self.expand, encoder_decoder=is_encoder_decoder(model))
         if self.explicit is not None:
-            self._check_fits_input(_input_shape(given), given)
+            self._check_fits_input(input_shape(given), given)
             frame.weights[EXPLICIT] = self.explicit
         self.frames = [Frame(), frame]
         if torch.is_grad_enabled() and model.training:
@@ -436,27 +374,6 @@ class _Replay:
         return tuple(outputs) if self.returns_tuple else outputs[0]
 
 
-class CarryLoss(torch.autograd.Function):
-    """The identity on per-token log-probabilities; its backward also sends a gradient into a loss.
-
-    TRL's trainers make their loss from `outputs.log_probs` and never read `outputs.loss`. The router's loss then
-    weighs as much as all labels together pull on their log-probabilities: one where their loss is the mean over the
-    labels, this call's share where it is the mean over an accumulated batch.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, log_probs: torch.Tensor, label_mask: Optional[torch.Tensor], loss: torch.Tensor
-    ) -> torch.Tensor:
-        ctx.label_mask, ctx.loss_dtype = label_mask, loss.dtype
-        return log_probs.view_as(log_probs)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor]:
-        pull = gradient.abs() if ctx.label_mask is None else gradient.abs() * ctx.label_mask
-        return gradient, None, pull.sum().to(ctx.loss_dtype)
-
-
 # -- reading the arguments of a forward ------------------------------------------------------------------------------
 
 FIRST_PASS_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
@@ -467,33 +384,6 @@ def _named_arguments(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> d
         return kwargs
     names = [name for name in inspect.signature(model.forward).parameters if name != "self"]
     return {**dict(zip(names, args)), **kwargs}
-
-
-def _input_shape(given: dict[str, Any]) -> Optional[tuple[int, ...]]:
-    """`(batch, seq)` of the tokens that enter the model in this call, or None if they cannot be told."""
-    if isinstance(given.get("input_ids"), torch.Tensor):
-        return tuple(given["input_ids"].shape)
-    if isinstance(given.get("inputs_embeds"), torch.Tensor):
-        return tuple(given["inputs_embeds"].shape[:2])
-    return None
-
-
-def _token_mask(given: dict[str, Any], tokens: Optional[tuple[int, ...]]) -> Optional[torch.Tensor]:
-    """Which tokens of this call are real; with a KV cache, the attention mask also covers the tokens before them."""
-    mask = given.get("attention_mask")
-    if tokens is None or len(tokens) != 2 or not isinstance(mask, torch.Tensor) or mask.dim() != 2:
-        return None
-    if mask.shape[0] != tokens[0] or mask.shape[1] < tokens[1]:
-        return None
-    return mask[:, mask.shape[1] - tokens[1] :].bool()
-
-
-def _decoder_mask(given: dict[str, Any]) -> Optional[torch.Tensor]:
-    """Which tokens of a decoder are real, `[batch, seq]`; where only labels are given, those that predict one."""
-    mask, labels = given.get("decoder_attention_mask"), given.get("labels")
-    if isinstance(mask, torch.Tensor) and mask.dim() == 2:
-        return mask.bool()
-    return labels != -100 if isinstance(labels, torch.Tensor) and labels.dim() == 2 else None
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:

@@ -25,7 +25,7 @@ Shape letters: T tokens, E experts.
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 
@@ -79,6 +79,27 @@ def router_losses(statistics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
         means.append(torch.stack([balance, per_token[0], per_token[1]]))
     balance, z, entropy = torch.stack(means).mean(dim=0)
     return {"router_balance_loss": balance, "router_z_loss": z, "router_entropy": entropy}
+
+
+class CarryLoss(torch.autograd.Function):
+    """The identity on per-token log-probabilities; its backward also sends a gradient into a loss.
+
+    TRL's trainers make their loss from `outputs.log_probs` and never read `outputs.loss`. The router's loss then
+    weighs as much as all labels together pull on their log-probabilities: one where their loss is the mean over the
+    labels, this call's share where it is the mean over an accumulated batch.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, log_probs: torch.Tensor, label_mask: Optional[torch.Tensor], loss: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.label_mask, ctx.loss_dtype = label_mask, loss.dtype
+        return log_probs.view_as(log_probs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor]:
+        pull = gradient.abs() if ctx.label_mask is None else gradient.abs() * ctx.label_mask
+        return gradient, None, pull.sum().to(ctx.loss_dtype)
 
 
 def mean_weights(vector: torch.Tensor) -> torch.Tensor:

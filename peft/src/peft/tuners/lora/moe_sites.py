@@ -72,10 +72,6 @@ def hidden_size(model: nn.Module) -> int:
     )
 
 
-def block_index(name: str) -> int:
-    return int(name.rsplit(".", 1)[-1])
-
-
 def _layer_site(name: str, layer: nn.Module) -> RouterSite:
     if any(isinstance(module, nn.modules.conv._ConvNd) for module in layer.lora_A.values()):
         raise ValueError(

@@ -60,4 +60,6 @@ def sparse_update(
         ((x @ A.t()) * weight) @ B.t() for x, weight, (A, B) in zip(gathered, weights, factors, strict=True) if len(x)
     ]
     delta_TO = torch.cat(parts)
-    return torch.zeros(len(x_TI), B_OR.shape[0], dtype=delta_TO.dtype, device=x_TI.device).index_add(0, tokens, delta_TO)
+    return torch.zeros(len(x_TI), B_OR.shape[0], dtype=delta_TO.dtype, device=x_TI.device).index_add(
+        0, tokens, delta_TO
+    )

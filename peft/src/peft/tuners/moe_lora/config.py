@@ -37,6 +37,7 @@ ROUTER_FIELDS = {
 }
 # What belongs to the mixture as a whole and not to one of its experts.
 MIXTURE_ONLY = {"peft_type", "auto_mapping", "peft_version", "bias", "modules_to_save", "trainable_token_indices"}
+CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 VARIANTS = ("use_dora", "use_qalora", "alora_invocation_tokens", "target_parameters", "layer_replication")
 
 
@@ -109,6 +110,11 @@ class MoELoraConfig(LoraConfig):
         for name in ("arrow_config", "kasa_config", "velora_config", "monteclora_config", "use_bdlora"):
             if getattr(self, name) is not None:
                 raise ValueError(f"{name} cannot be combined with routing per token. Use plain LoRA experts.")
+        if isinstance(self.init_lora_weights, str) and self.init_lora_weights.startswith(CHANGE_THE_BASE):
+            raise ValueError(
+                f"init_lora_weights='{self.init_lora_weights}' changes the base weights for one adapter, and again for "
+                "each further expert. Use True, 'gaussian' or 'orthogonal'."
+            )
         if isinstance(self.experts, (list, tuple)):
             self.experts = list(self.experts)
         if self.expert_configs is None and self.num_experts is None and not self.experts:

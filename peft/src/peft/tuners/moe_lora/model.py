@@ -57,6 +57,7 @@ class MoELoraModel(LoraModel):
     """
 
     mixture_name: Optional[str] = None
+    uses_shared_state: bool = True  # the router; without the tuner around the model, it would not train or be saved
 
     # -- making the mixture ------------------------------------------------------------------------------------------
 
