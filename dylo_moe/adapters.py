@@ -21,7 +21,7 @@ class MixtureConfig:
     router_scope: Literal["layer", "block", "model", "two_pass"] = field(
         default="block", metadata={"help": "Where the router looks: at each layer's, block's or one block's input."}
     )
-    balance_coefficient: float = field(default=0.01, metadata={"help": "Weight of the load-balancing loss."})
+    balance_coefficient: float = field(default=0.001, metadata={"help": "Weight of the load-balancing loss."})
 
     def __post_init__(self) -> None:
         if self.num_experts < 1:

@@ -17,10 +17,10 @@ FINISHED = "finished.json"
 class TrainingConfig:
     """How each adapter is trained; both get the same."""
 
-    num_steps: int = field(default=240, metadata={"help": "Optimiser steps for each adapter."})
+    num_steps: int = field(default=120, metadata={"help": "Optimiser steps for each adapter."})
     train_batch_size: int = field(default=16, metadata={"help": "Blocks in a step."})
     max_seq_length: int = field(default=256, metadata={"help": "Tokens in a block."})
-    learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate; falls to zero by a cosine."})
+    learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate; falls to zero by a cosine."})
     weight_decay: float = field(default=0.0, metadata={"help": "Decoupled weight decay."})
     bf16: bool | None = field(
         default=None,
