@@ -1,8 +1,12 @@
 """What holds for every test here: which peft is meant, no hub, one thread a worker, GPU tests skipped aloud."""
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
+
+FORK = Path(__file__).parent / "peft"
 
 # Before anything imports them: huggingface_hub and the thread pools read these once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -25,6 +29,28 @@ def pytest_configure(config):
             "The fork of PEFT is not installed in this Python. Install it with `pip install -e ./peft`, or let "
             "`make test` make the environment."
         )
+
+
+    # The workers of pytest-xdist inherit it. That routing off is the pristine release, bit for bit, is tested against it.
+    os.environ.setdefault("PEFT_PRISTINE", str(pristine_release() / "src"))
+
+
+def pristine_release() -> Path:
+    """The pinned release of PEFT as it was published, unpacked beside the fork's built tree from the fork's cache."""
+    sys.path.insert(0, str(FORK))
+    try:
+        from fork_release import load_release, read_pin
+    finally:
+        sys.path.remove(str(FORK))
+    pin = read_pin(FORK / "upstream.toml")
+    folder = FORK / ".fork" / f"pristine-{pin.sha256[:16]}"
+    if not folder.exists():
+        scratch = folder.with_name(f"{folder.name}.{os.getpid()}")
+        for name, content in load_release(pin).files.items():
+            (scratch / name).parent.mkdir(parents=True, exist_ok=True)
+            (scratch / name).write_bytes(content)
+        os.replace(scratch, folder)
+    return folder
 
 
 def pytest_report_header():
