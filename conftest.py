@@ -36,14 +36,14 @@ def pytest_configure(config):
 
 
 def pristine_release() -> Path:
-    """The pinned release of PEFT as it was published, unpacked beside the fork's built tree from the fork's cache."""
+    """The pinned release of PEFT as it was published, unpacked once in the fork's cache."""
     sys.path.insert(0, str(FORK))
     try:
-        from fork_release import load_release, read_pin
+        from fork_release import cache_folder, load_release, read_pin
     finally:
         sys.path.remove(str(FORK))
     pin = read_pin(FORK / "upstream.toml")
-    folder = FORK / ".fork" / f"pristine-{pin.sha256[:16]}"
+    folder = cache_folder() / f"pristine-{pin.sha256[:16]}"
     if not folder.exists():
         scratch = folder.with_name(f"{folder.name}.{os.getpid()}")
         for name, content in load_release(pin).files.items():
