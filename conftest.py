@@ -30,8 +30,7 @@ def pytest_configure(config):
             "`make test` make the environment."
         )
 
-
-    # The workers of pytest-xdist inherit it. That routing off is the pristine release, bit for bit, is tested against it.
+    # That routing off is the pristine release, bit for bit, is tested against it; pytest-xdist's workers inherit it.
     os.environ.setdefault("PEFT_PRISTINE", str(pristine_release() / "src"))
 
 

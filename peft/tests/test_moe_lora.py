@@ -110,10 +110,13 @@ class TestConfig:
         config = MoELoraConfig(experts=["math", "code"])
         assert config.expert_names == ["math", "code"] and config.num_experts == 2
 
+    def test_without_a_number_there_are_four_experts(self):
+        assert MoELoraConfig().expert_names == ["expert_0", "expert_1", "expert_2", "expert_3"]
+
     @pytest.mark.parametrize(
         "arguments, message",
         [
-            ({}, "A mixture needs num_experts, or experts"),
+            ({"experts": []}, "experts is empty"),
             ({"num_experts": 0}, "num_experts is 0, but must be at least 1"),
             ({"num_experts": 3, "experts": ["a", "b"]}, "num_experts is 3 but experts names 2"),
             ({"experts": ["a", "a"]}, "Each expert needs a name of its own"),

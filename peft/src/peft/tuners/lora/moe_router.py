@@ -143,7 +143,9 @@ class Gate(nn.Module):
             x = hidden_states.to(self.weight.dtype)
             if self.training and self.jitter > 0:
                 x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
-            logits = F.linear(x, self.weight) * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + 1e-6)
+            # a norm reads x once and writes one number a token; the mean of squares would write all of x again
+            mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
+            logits = F.linear(x, self.weight) * torch.rsqrt(mean_square + 1e-6)
         return logits.abs() if self.absolute else logits
 
 

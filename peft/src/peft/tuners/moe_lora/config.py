@@ -37,6 +37,7 @@ ROUTER_FIELDS = {
 }
 # What belongs to the mixture as a whole and not to one of its experts.
 MIXTURE_ONLY = {"peft_type", "auto_mapping", "peft_version", "bias", "modules_to_save", "trainable_token_indices"}
+DEFAULT_NUM_EXPERTS = 4
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 VARIANTS = ("use_dora", "use_qalora", "alora_invocation_tokens", "target_parameters", "layer_replication")
 
@@ -50,7 +51,7 @@ class MoELoraConfig(LoraConfig):
 
     Args:
         num_experts (`int`, *optional*):
-            Number of experts; they are named `expert_0`, `expert_1`, ... May be left out if `experts` is given.
+            Number of experts; they are named `expert_0`, `expert_1`, ... By default 4, or as many as `experts` names.
         experts (`Union[list[str], dict[str, str]]`, *optional*):
             Names of experts to make from nothing, or a dict from each expert's name to the folder or Hub id of a
             trained LoRA adapter. Trained experts keep their own rank, alpha and target modules.
@@ -117,10 +118,10 @@ class MoELoraConfig(LoraConfig):
             )
         if isinstance(self.experts, (list, tuple)):
             self.experts = list(self.experts)
-        if self.expert_configs is None and self.num_experts is None and not self.experts:
-            raise ValueError(
-                "A mixture needs num_experts, or experts as a list of names or a dict of trained adapters."
-            )
+        if self.experts is not None and not self.experts and self.expert_configs is None:
+            raise ValueError("experts is empty. Name the experts, or leave it out and set num_experts.")
+        if self.expert_configs is None and self.experts is None and self.num_experts is None:
+            self.num_experts = DEFAULT_NUM_EXPERTS
         if self.num_experts is not None and self.num_experts < 1:
             raise ValueError(f"num_experts is {self.num_experts}, but must be at least 1.")
         names = self.expert_names
