@@ -93,7 +93,7 @@ def taken(monkeypatch):
 
 @pytest.mark.parametrize("scope", ["layer", "block"])
 def test_a_model_with_many_experts_takes_the_path_and_gives_what_the_stacked_product_gives(scope, taken, monkeypatch):
-    model = routed_model(32, top_k=2, router_scope=scope).double().eval()
+    model = routed_model(128, top_k=2, router_scope=scope).double().eval()
     ids = torch.arange(12).reshape(2, 6)
     sparse = model(input_ids=ids).logits
     assert len(taken) == 4  # two adapted layers in each of two blocks
@@ -105,14 +105,14 @@ def test_a_model_with_many_experts_takes_the_path_and_gives_what_the_stacked_pro
 
 
 def test_every_expert_gets_a_gradient_even_if_no_token_chose_it(taken):
-    model = routed_model(32, top_k=1)
+    model = routed_model(64, top_k=1)
     model(input_ids=torch.arange(4)[None], labels=torch.arange(4)[None]).loss.backward()
     assert taken
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
 
 
 @pytest.mark.parametrize(
-    "changes", [{"top_k": 2, "num_experts": 4}, {"num_experts": 32}, {"top_p": 0.5, "num_experts": 32}]
+    "changes", [{"top_k": 2, "num_experts": 127}, {"num_experts": 128}, {"top_p": 0.5, "num_experts": 128}]
 )
 def test_few_experts_and_selections_without_a_fixed_k_use_the_stacked_product(changes, taken):
     routed_model(**changes)(input_ids=torch.arange(4)[None])
@@ -120,7 +120,7 @@ def test_few_experts_and_selections_without_a_fixed_k_use_the_stacked_product(ch
 
 
 def test_a_hybrid_router_is_sparse_only_in_eval(taken):
-    model = routed_model(32, top_k=2, router_selection="hybrid")
+    model = routed_model(128, top_k=2, router_selection="hybrid")
     model.train()(input_ids=torch.arange(4)[None])
     assert not taken
     model.eval()(input_ids=torch.arange(4)[None])
