@@ -43,7 +43,7 @@ from torch import nn
 from torch.func import functional_call
 
 from peft import LoraConfig, import_utils
-from peft.tuners.lora import moe_layer
+from peft.tuners.lora import moe_layer, moe_stack
 from peft.tuners.lora.aqlm import AqlmLoraLinear
 from peft.tuners.lora.awq import AwqLoraLinear
 from peft.tuners.lora.gptq import GPTQLoraLinear
@@ -711,7 +711,7 @@ class TestKeptStack:
         self.routed(layer)
         layer.train()
         layer(self.x, routing_weights=self.weights)
-        assert moe_layer.STACK_CACHE_KEY not in layer._caches
+        assert moe_stack.STACK_CACHE_KEY not in layer._caches
 
     def test_an_embedding_keeps_its_own(self):
         layer, ids = example("embedding", SAME_RANK)

@@ -126,7 +126,7 @@ class TestAgainstTheTokenLoop:
         def loss(logits):
             routing = select_experts(logits, selection="dense")
             # The usage is a constant by definition (Fedus et al.): take it out of what is differentiated numerically.
-            routing = routing._replace(assignment=torch.full_like(routing.assignment, 0.25) + fixed)
+            routing = routing._replace(weights=torch.full_like(routing.weights, 0.25) + fixed)
             return router_losses({"gate": gate_statistics(logits, routing)})[name]
 
         fixed = scores(5, 4, seed=9) / 10

@@ -26,20 +26,24 @@ from __future__ import annotations
 
 import inspect
 from contextlib import contextmanager
-from typing import Any, Callable, Optional
+from functools import partial
+from typing import Any, Callable, Optional, Union
 
 import torch
 from torch import nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from .moe_frame import Frame, input_shape
-from .moe_layer import fit_to_tokens
+from .moe_layer import OwnGate, fit_to_tokens
 from .moe_losses import CarryLoss, gate_statistics, router_losses
-from .moe_router import Router
+from .moe_router import Gate, Router, gate_key
+from .moe_selection import Routing
 
 
 EXPLICIT = "routing_weights"
 MODEL_SITE = "model"
+# In eval, logits of at most so many elements are kept and measured when somebody asks; 256 KiB a gate.
+KEPT_LOGITS = 2**16
 
 
 class RoutingPort:
@@ -50,8 +54,11 @@ class RoutingPort:
         self.layer_name = layer_name
         self.site: Optional[str] = None  # set while a router is attached
 
-    def weights_for(self, layer: nn.Module, x: torch.Tensor) -> Optional[torch.Tensor]:
-        """Weights of the layer's tokens, columns as in `layer.active_adapters`; None if the layer is not routed."""
+    def weights_for(self, layer: nn.Module, x: torch.Tensor) -> Union[torch.Tensor, OwnGate, None]:
+        """Weights of the layer's tokens, columns as in `layer.active_adapters`; None if the layer is not routed.
+
+        A linear layer gets its own gate instead, to be scored along with its experts.
+        """
         if layer.disable_adapters:
             return None
         context, frame = self.context, self.context.frame
@@ -60,6 +67,9 @@ class RoutingPort:
         if self.site is None or not context.mixes(layer.active_adapters):
             return None
         if self.site == self.layer_name:
+            gate = context.router.gates[gate_key(self.site)]
+            if type(gate) is Gate and not gate.must_be_called and _multiplies_linearly(layer):
+                return OwnGate(gate.weight, partial(self._weights_of_scores, layer, gate, x))
             weights = context.decide(self.site, _gate_input(layer, x))
         elif not self.is_decided:  # before the block at which a model-scope router looks
             return x.new_zeros(len(layer.active_adapters), dtype=torch.float32)
@@ -68,6 +78,10 @@ class RoutingPort:
         else:
             weights = frame.kept(frame.weights[self.site].to(x.device), x)
         return context.in_order_of(layer.active_adapters, weights)
+
+    def _weights_of_scores(self, layer: nn.Module, gate: Gate, x: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        weights = self.context.weigh(self.site, gate.logits_of(scores), x)
+        return self.context.in_order_of(layer.active_adapters, weights)
 
     @property
     def kept_experts(self) -> Optional[int]:
@@ -80,6 +94,10 @@ class RoutingPort:
     def is_decided(self) -> bool:
         """Whether a layer that runs now gets weights from the router: from its own gate, or from one before it."""
         return self.site == self.layer_name or self.site in self.context.frame.weights
+
+
+def _multiplies_linearly(layer: nn.Module) -> bool:
+    return isinstance(next(iter(layer.lora_A.values()), None), nn.Linear)
 
 
 def _gate_input(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -95,7 +113,8 @@ class RoutingContext:
         self.expand = False
         self.owner: Optional[nn.Module] = None
         self.frames: list[Frame] = [Frame()]
-        self.statistics: dict[str, torch.Tensor] = {}
+        self._statistics: dict[str, torch.Tensor] = {}
+        self._kept_logits: list[tuple[str, torch.Tensor, Optional[torch.Tensor]]] = []
         self.records: Optional[dict[str, list[torch.Tensor]]] = None
         self.checkpoints: list[nn.Module] = []
 
@@ -133,11 +152,37 @@ class RoutingContext:
     def decide(self, site: str, hidden_states: torch.Tensor) -> torch.Tensor:
         """Run the gate of a site, measure it, and return the weights `[..., num_experts]`."""
         logits, routing = self.router(site, hidden_states)
+        self._count(site, logits, routing, hidden_states)
+        return routing.weights
+
+    def weigh(self, site: str, logits: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The same, for logits that a layer made of these hidden states."""
+        routing = self.router.select(site, logits, training=self.router.training)
+        self._count(site, logits, routing, hidden_states)
+        return routing.weights
+
+    def _count(self, site: str, logits: torch.Tensor, routing: Routing, hidden_states: torch.Tensor) -> None:
         if self.running or len(self.frames) > 1:
-            self.frame.count(site, gate_statistics(logits, routing, self.frame.mask_for(hidden_states)))
+            mask = self.frame.mask_for(hidden_states)
+            if self.router.training or logits.numel() > KEPT_LOGITS:
+                self.frame.count(site, gate_statistics(logits, routing, mask))
+            else:
+                self.frame.kept_logits.append((site, logits.detach(), mask))
         if self.records is not None and self.running:
             self.records.setdefault(site, []).append(routing.weights.detach())
-        return routing.weights
+
+    @property
+    def statistics(self) -> dict[str, torch.Tensor]:
+        """What the gates of the last forward measured, by site; see [`moe_losses.gate_statistics`]."""
+        for site, logits, mask in self._kept_logits:
+            vector = gate_statistics(logits, self.router.select(site, logits, training=False), mask)
+            held = self._statistics.get(site)
+            self._statistics[site] = vector if held is None else held + vector
+        self._kept_logits = []
+        return self._statistics
+
+    def forget_statistics(self) -> None:
+        self._statistics, self._kept_logits = {}, []
 
     def fit_explicit(self, frame: Frame, x: torch.Tensor, *, embedding: bool, where: str) -> torch.Tensor:
         weights = frame.weights[EXPLICIT].to(x.device)
@@ -177,7 +222,7 @@ class RoutingContext:
         if self.owner is not None and self.owner is not model:
             return
         self.owner = model
-        self.statistics = {}
+        self.forget_statistics()
         given = _named_arguments(model, args, kwargs)
         frame = Frame(given, expand=self.expand, encoder_decoder=is_encoder_decoder(model))
         if self.explicit is not None:
@@ -194,10 +239,11 @@ class RoutingContext:
         if self.owner is not model:
             return output
         frame, self.frames, self.owner = self.frame, [self._frame_between_forwards()], None
-        if output is None or not frame.statistics:
+        if output is None:
             return output
-        self.statistics = {site: vector.detach() for site, vector in frame.statistics.items()}
-        if not (model.training and torch.is_grad_enabled()):
+        self._statistics = {site: vector.detach() for site, vector in frame.statistics.items()}
+        self._kept_logits = frame.kept_logits
+        if not frame.statistics or not (model.training and torch.is_grad_enabled()):
             return output
         self._check_differentiable(frame.statistics)
         return self._add_losses(model, output, frame.statistics, _named_arguments(model, args, kwargs))

@@ -42,6 +42,8 @@ class Frame:
         # Weights decided outside of the layers, by site; under `EXPLICIT` those that the caller passed.
         self.weights: dict[str, torch.Tensor] = {}
         self.statistics: dict[str, torch.Tensor] = {}
+        # Where nothing trains: site, logits and mask of each gate that ran, not measured yet.
+        self.kept_logits: list[tuple[str, torch.Tensor, Optional[torch.Tensor]]] = []
         self.expand = expand
         self.num_tokens = None if tokens is None or encoder_decoder else math.prod(tokens)
         self.token_mask = _token_mask(given, tokens)
@@ -55,7 +57,7 @@ class Frame:
     def again(self, weights: dict[str, torch.Tensor]) -> Frame:
         """A frame for running a part of the same forward again."""
         frame = copy.copy(self)
-        frame.weights, frame.statistics = weights, {}
+        frame.weights, frame.statistics, frame.kept_logits = weights, {}, []
         return frame
 
     def count(self, site: str, vector: torch.Tensor) -> None:

@@ -16,9 +16,7 @@
     y = W0 x + sum_e w_e(token) * s_e * B_e A_e dropout(x)
 
 The adapters ("experts") are stacked along the rank dimension, so that the sum costs two matrix products however many
-experts there are, and no tensor of size tokens x experts x out_features exists:
-
-    delta = ((x @ A_cat^T) * per_rank(w * s)) @ B_cat^T
+experts there are, and no tensor of size tokens x experts x out_features exists; see `moe_product.py`.
 
 LoRA: Hu et al. 2021, https://huggingface.co/papers/2106.09685. One implementation serves every LoRA layer type, float
 or quantized, because it only calls the frozen base layer and adds the update out of place.
@@ -27,13 +25,15 @@ or quantized, because it only calls the frozen base layer and adds the update ou
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any, NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Optional, Union
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .moe_sparse import pays, sparse_update
+from .moe_path import sparse_pays
+from .moe_product import add_sparse, add_stacked, project, weigh
+from .moe_stack import by_expert, expert_stack, refuse_unstackable
 
 
 if TYPE_CHECKING:
@@ -41,7 +41,15 @@ if TYPE_CHECKING:
     from .moe_context import RoutingPort
 
 
-STACK_CACHE_KEY = "moe_expert_stack"
+class OwnGate(NamedTuple):
+    """A gate that looks at the layer's own input, so that the layer can score it in the product of its experts.
+
+    `weight` is `[num_experts, in_features]`; `weights_of` turns scores `[..., num_experts]`, of the input divided by
+    its root mean square, into routing weights.
+    """
+
+    weight: torch.Tensor
+    weights_of: Callable[[torch.Tensor], torch.Tensor]
 
 
 class RoutedLayerMixin:
@@ -74,7 +82,7 @@ def routed_forward(
     layer: LoraLayer,
     x: torch.Tensor,
     *args: Any,
-    routing_weights: torch.Tensor,
+    routing_weights: Union[torch.Tensor, OwnGate],
     kept: Optional[int] = None,
     **kwargs: Any,
 ) -> torch.Tensor:
@@ -86,7 +94,8 @@ def routed_forward(
         args, kwargs: passed on to the base layer.
         routing_weights: weight of each adapter, `[num_experts]`, `[batch, num_experts]` or
             `[batch, seq, num_experts]`; the columns follow `layer.active_adapters`. Adapters that this layer lacks are
-            skipped, the others keep their weight. A row of zeros leaves that token to the base layer.
+            skipped, the others keep their weight. A row of zeros leaves that token to the base layer. A linear layer
+            also takes the gate that decides from its own input.
         kept: how many entries of a row are not zero at most, if that is known; lets many experts run sparsely.
 
     Returns:
@@ -95,15 +104,16 @@ def routed_forward(
     Raises:
         ValueError: the weights do not fit the input or the active adapters, or the layer cannot be routed.
     """
-    refuse_unroutable(layer, **kwargs)
+    _refuse_call(layer, **kwargs)
     kwargs = {key: value for key, value in kwargs.items() if key not in ("adapter_names", "alora_offsets")}
     if layer.disable_adapters:
         return layer.base_layer(x, *args, **kwargs)
 
     names = list(layer.active_adapters)
-    if routing_weights.shape[-1] != len(names):
+    num_weights = len(routing_weights.weight) if isinstance(routing_weights, OwnGate) else routing_weights.shape[-1]
+    if num_weights != len(names):
         raise ValueError(
-            f"routing_weights has {routing_weights.shape[-1]} columns but {len(names)} adapters are active ({names}); "
+            f"routing_weights has {num_weights} columns but {len(names)} adapters are active ({names}); "
             "pass one column for each active adapter, in that order."
         )
 
@@ -119,19 +129,24 @@ def routed_forward(
     elif isinstance(layer.lora_A[held[0]], nn.modules.conv._ConvNd):
         delta = _conv_delta(layer, x, routing_weights, held, columns)
     else:
-        delta = _linear_delta(layer, x, routing_weights, held, columns, kept)
+        return _add_linear(layer, x, result, routing_weights, held, columns, kept)
     return (result + delta).to(result.dtype)
 
 
-def refuse_unroutable(layer: LoraLayer, **kwargs: Any) -> None:
+def refuse_unroutable(layer: LoraLayer) -> None:
     """Raise a `ValueError` if the layer, in the state it is in, has no routed forward; say what to do instead."""
+    _refuse_call(layer)
+    refuse_unstackable(layer, layer.active_adapters)
+
+
+def _refuse_call(layer: LoraLayer, *, adapter_names=None, alora_offsets=None, **kwargs: Any) -> None:
     kind = type(layer).__name__
-    if kwargs.get("adapter_names") is not None:
+    if adapter_names is not None:
         raise ValueError(
             "routing_weights and adapter_names cannot be combined. To give each sequence one adapter, pass one-hot "
             "rows of routing_weights instead of adapter_names."
         )
-    if kwargs.get("alora_offsets") is not None:
+    if alora_offsets is not None:
         raise ValueError("routing_weights cannot be combined with aLoRA. Activate adapters without invocation tokens.")
     if not hasattr(layer, "lora_A"):
         raise ValueError(f"Layers of type {kind} do not support routing_weights; use plain LoRA adapters.")
@@ -140,23 +155,9 @@ def refuse_unroutable(layer: LoraLayer, **kwargs: Any) -> None:
             f"Layers of type {kind} (target_parameters, nn.MultiheadAttention, Megatron) apply LoRA to the weight and "
             "cannot weigh it per token. Exclude these modules from the routed adapters."
         )
-    if layer.merged:
+    if layer.merged_adapters:
         raise ValueError(
             f"Cannot route a layer with merged adapters ({layer.merged_adapters}); call `unmerge_adapter` first."
-        )
-    for name in layer.active_adapters:
-        if name in layer.lora_variant or layer.use_dora.get(name, False):
-            variant = layer.lora_variant.get(name)
-            variant = "DoRA" if variant is None else type(variant).__name__
-            raise ValueError(
-                f"Adapter '{name}' uses the LoRA variant {variant}, which is not linear in its update and cannot be "
-                "weighted per token. Use plain LoRA (or rsLoRA) for adapters that are routed."
-            )
-        if name in layer.lora_A and not isinstance(layer.lora_A[name], nn.Module):
-            raise ValueError(f"Layers of type {kind} do not support routing_weights; use plain LoRA adapters.")
-    if getattr(layer.get_base_layer(), "_hf_tp_plan", None) is not None:
-        raise ValueError(
-            "routing_weights does not support tensor-parallel layers. Load the base model without tp_plan."
         )
 
 
@@ -203,34 +204,59 @@ class ExpertStack(NamedTuple):
     bias: Optional[torch.Tensor]
 
 
-def _linear_delta(layer, x, routing_weights, names, columns, kept) -> torch.Tensor:
+def _add_linear(layer, x, result, routing, names, columns, kept) -> torch.Tensor:
     names, columns = _sorted_by_dropout(layer, names, columns)
     ranks = [layer.r[name] for name in names]
-    stack = _expert_stack(layer, names)
-    x = layer._cast_input_dtype(x, stack.A.dtype)
-    weights = fit_to_tokens(routing_weights, tuple(x.shape[:-1]))
-    rates = {_dropout_rate(layer, name) if layer.training else 0.0 for name in names}
-    if len(rates) == 1 and pays(x.shape[:-1].numel(), ranks, kept):
-        weights = _scaled(layer, weights, names, columns, x.dtype)
-        flat, rate = x.flatten(0, -2), rates.pop()
-        flat = F.dropout(flat, rate) if rate > 0 else flat
-        by_token = weights.expand(*x.shape[:-1], -1).flatten(0, -2)
-        update = sparse_update(flat, by_token, stack.A, stack.B, ranks, min(kept, len(names)))
-        delta = update.unflatten(0, x.shape[:-1])
+    rates = set(_dropout_rates(layer, names))
+    tokens, num_tokens = x.shape[:-1], x.shape[:-1].numel()
+    dtype = _product_dtype(layer, x, names)
+    sparse = len(rates) == 1 and sparse_pays(num_tokens, ranks, kept, dtype, x.device.type)
+    with_gate = isinstance(routing, OwnGate) and rates == {0.0} and not sparse
+    stack = expert_stack(layer, names, routing.weight if with_gate else None)
+
+    hidden = None
+    if isinstance(routing, OwnGate):
+        rows = stack.rows if with_gate else [routing.weight]
+        hidden, scores = project(x, rows, len(routing.weight), dtype)
+        weights = routing.weights_of(scores.reshape(*tokens, -1))
     else:
-        hidden = _down(layer, x, stack.A, names, F.linear, feature_dim=-1)
-        weights = _scaled(layer, weights, names, columns, hidden.dtype)
-        delta = F.linear(_weigh(hidden, weights, ranks), stack.B)
-    return delta if stack.bias is None else delta + weights @ stack.bias.to(weights.dtype)
+        weights = fit_to_tokens(routing, tuple(tokens)).expand(*tokens, -1)
+    weights = _scaled(layer, weights, names, columns, dtype).reshape(num_tokens, -1)
+    if sparse:
+        dropped = F.dropout(x, *rates) if any(rates) else x
+        factors = by_expert(stack.rows, ranks, dim=0), by_expert(stack.columns, ranks, dim=1)
+        updated = add_sparse(result, dropped, weights, *factors, min(kept, len(names)), dtype)
+    else:
+        if not with_gate:
+            product = functools.partial(_hidden_ranks, dtype=dtype)
+            hidden = _down(layer, x, stack.rows, names, product, feature_dim=-1)
+        updated = add_stacked(result, hidden, weights, stack.columns, ranks)
+    if stack.bias is not None:
+        bias = (weights @ stack.bias.to(weights.dtype)).reshape(result.shape)
+        return (updated + bias).to(result.dtype)
+    return updated
+
+
+def _product_dtype(layer, x: torch.Tensor, names: list[str]) -> torch.dtype:
+    """The dtype in which stock LoRA would multiply this input by these adapters."""
+    adapters = layer.lora_A._modules
+    dtype = functools.reduce(torch.promote_types, {adapters[name].weight.dtype for name in names})
+    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return dtype if layer.cast_input_dtype_enabled else x.dtype
+
+
+def _hidden_ranks(x: torch.Tensor, rows: list[torch.Tensor], *, dtype: torch.dtype) -> torch.Tensor:
+    return project(x, rows, 0, dtype)[0]
 
 
 def _embedding_delta(layer, x, routing_weights, names, columns) -> torch.Tensor:
     # A is [rank, num_embeddings]: looking up each adapter copies tokens x rank, stacking the tables would copy them.
     looked_up = [layer._embed(x, layer.lora_embedding_A[name].T) for name in names]
     hidden = torch.cat(looked_up, dim=-1)
-    stack = _expert_stack(layer, names)
     weights = _scaled(layer, fit_to_tokens(routing_weights, tuple(x.shape)), names, columns, hidden.dtype)
-    delta = F.linear(_weigh(hidden, weights, [layer.r[name] for name in names]), stack.B)
+    weighted = weigh(hidden, weights, [layer.r[name] for name in names])
+    delta = F.linear(weighted, _joined(expert_stack(layer, names).columns, dim=1))
     embed_scale = layer._get_embed_scale()
     return delta if embed_scale is None else delta * embed_scale.to(delta.dtype)
 
@@ -239,49 +265,56 @@ def _conv_delta(layer, x, routing_weights, names, columns) -> torch.Tensor:
     if x.dim() < layer.get_base_layer().weight.dim():  # one image without a batch dimension
         return _conv_delta(layer, x.unsqueeze(0), routing_weights, names, columns).squeeze(0)
     names, columns = _sorted_by_dropout(layer, names, columns)
-    stack = _expert_stack(layer, names)
-    x = layer._cast_input_dtype(x, stack.A.dtype)
+    stack = expert_stack(layer, names)
+    A = _joined(stack.rows, dim=0)
+    x = layer._cast_input_dtype(x, A.dtype)
     base, first = layer.get_base_layer(), layer.lora_A[names[0]]
-    convolve = functools.partial(layer.conv_fn, stride=first.stride, padding=first.padding)
-    hidden = _down(layer, x, stack.A, names, convolve, feature_dim=1)
+
+    def convolve(x: torch.Tensor, rows: list[torch.Tensor]) -> torch.Tensor:
+        return layer.conv_fn(x, _joined(rows, dim=0), stride=first.stride, padding=first.padding)
+
+    hidden = _down(layer, x, [A], names, convolve, feature_dim=1)
     batch, _, *spatial = hidden.shape
     # Positions of the output play the part of the tokens: [batch, rank, *spatial] -> [batch, positions, rank].
     hidden = hidden.flatten(2).transpose(1, 2)
     weights = fit_to_tokens(routing_weights, (batch, hidden.shape[1]), where="convolution output")
     weights = _scaled(layer, weights, names, columns, hidden.dtype)
     ranks = [layer.r[name] for name in names]
-    weighted = _weigh(hidden, weights, ranks).transpose(1, 2)
+    weighted = weigh(hidden, weights, ranks).transpose(1, 2)
     if base.groups > 1:  # each group of B sees its own share of every adapter's rank
         shares = [part.unflatten(1, (base.groups, -1)) for part in weighted.split(ranks, dim=1)]
         weighted = torch.cat(shares, dim=2).flatten(1, 2)
-    delta = layer.conv_fn(weighted.unflatten(2, spatial), stack.B, groups=base.groups)
+    delta = layer.conv_fn(weighted.unflatten(2, spatial), _joined(stack.columns, dim=1), groups=base.groups)
     if stack.bias is None:
         return delta
     bias = (weights @ stack.bias.to(weights.dtype)).expand(batch, hidden.shape[1], -1)
     return delta + bias.transpose(1, 2).unflatten(2, spatial)
 
 
-def _down(layer, x, A, names, product, *, feature_dim: int) -> torch.Tensor:
+def _down(layer, x, rows, names, product, *, feature_dim: int) -> torch.Tensor:
     """Project the input to all ranks; adapters with the same dropout share one mask and one product."""
-    if not layer.training or all(_dropout_rate(layer, name) == 0 for name in names):
-        return product(x, A)
-    parts, start = [], 0
-    for rate in dict.fromkeys(_dropout_rate(layer, name) for name in names):
-        rows = sum(layer.r[name] for name in names if _dropout_rate(layer, name) == rate)
-        parts.append(product(F.dropout(x, rate), A[start : start + rows]))
-        start += rows
+    rates = _dropout_rates(layer, names)
+    if not any(rates):
+        return product(x, rows)
+    rows = by_expert(rows, [layer.r[name] for name in names], dim=0)
+    parts = []
+    for rate in dict.fromkeys(rates):
+        parts.append(product(F.dropout(x, rate), [row for row, own in zip(rows, rates) if own == rate]))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=feature_dim)
 
 
-def _dropout_rate(layer, name: str) -> float:
-    return getattr(layer.lora_dropout[name], "p", 0.0)
+def _dropout_rates(layer, names: list[str]) -> list[float]:
+    if not layer.training:
+        return [0.0] * len(names)
+    return [getattr(layer.lora_dropout[name], "p", 0.0) for name in names]
 
 
 def _sorted_by_dropout(layer, names, columns):
     """Bring adapters of the same dropout next to each other, so that each group is one slice of the stack."""
-    if not layer.training or len({_dropout_rate(layer, name) for name in names}) == 1:
+    rates = _dropout_rates(layer, names)
+    if len(set(rates)) == 1:
         return names, columns
-    order = sorted(range(len(names)), key=lambda i: _dropout_rate(layer, names[i]))
+    order = sorted(range(len(names)), key=lambda i: rates[i])
     columns = list(range(len(names))) if columns is None else columns
     return [names[i] for i in order], [columns[i] for i in order]
 
@@ -299,84 +332,5 @@ def _scaled(layer, routing_weights, names, columns, dtype) -> torch.Tensor:
     return torch.stack(scaled, dim=-1).to(dtype)
 
 
-def _weigh(hidden: torch.Tensor, weights: torch.Tensor, ranks: list[int]) -> torch.Tensor:
-    """Multiply each adapter's block of ranks by that adapter's weight: `[..., sum of ranks]` by `[..., experts]`."""
-    if len(set(ranks)) == 1:
-        return (hidden.unflatten(-1, (len(ranks), ranks[0])) * weights.unsqueeze(-1)).flatten(-2)
-    blocks = [block * weights[..., i : i + 1] for i, block in enumerate(hidden.split(ranks, dim=-1))]
-    return torch.cat(blocks, dim=-1)
-
-
-def _expert_stack(layer, names: list[str]) -> ExpertStack:
-    """The stacked factors: differentiable while an adapter trains, otherwise kept until a weight changes."""
-    tensors = _factors(layer, names)
-    training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    if training or torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in tensors):
-        # In-place steps through `.data` leave no trace on the version counter, so training always drops the copy.
-        if not torch.compiler.is_compiling():
-            layer._caches.pop(STACK_CACHE_KEY, None)
-        return _concatenate(layer, names)
-
-    held = layer._caches.get(STACK_CACHE_KEY)
-    if held is None or not held.still_holds(names, tensors):
-        with torch.no_grad():
-            held = _HeldStack(names, tensors, _concatenate(layer, names))
-        layer._caches[STACK_CACHE_KEY] = held
-    return held.stack
-
-
-def drop_expert_stacks(model: nn.Module) -> None:
-    """Forget the stacks that layers keep, after or before weights are written through `.data`."""
-    for module in model.modules():
-        if isinstance(module, RoutedLayerMixin):
-            module._caches.pop(STACK_CACHE_KEY, None)
-
-
-class _HeldStack:
-    """A stack together with what tells whether it still holds: parameters, their storage and their version.
-
-    The aliases keep the storages alive, so that an address cannot be given to other values meanwhile. What cannot be
-    seen is an in-place write through `.data` between two calls without gradients: write to the parameter itself,
-    under `torch.no_grad()`.
-    """
-
-    def __init__(self, names: list[str], tensors: list[torch.Tensor], stack: ExpertStack) -> None:
-        self.names = list(names)
-        self.tensors = tensors
-        self.aliases = [tensor.detach() for tensor in tensors]
-        self.versions = [tensor._version for tensor in tensors]
-        self.stack = stack
-
-    def still_holds(self, names: list[str], tensors: list[torch.Tensor]) -> bool:
-        if names != self.names or (self.stack.B.is_inference() and torch.is_grad_enabled()):
-            return False
-        return all(
-            tensor is before and tensor._version == version and tensor.data_ptr() == alias.data_ptr()
-            for tensor, before, version, alias in zip(tensors, self.tensors, self.versions, self.aliases)
-        )
-
-    def __deepcopy__(self, memo):
-        return None  # a copied layer has parameters of its own
-
-
-def _factors(layer, names: list[str]) -> list[torch.Tensor]:
-    if len(layer.lora_embedding_A):
-        return [layer.lora_embedding_B[name] for name in names]
-    tensors = []
-    for name in names:
-        tensors += [layer.lora_A[name].weight, layer.lora_B[name].weight]
-        if layer.lora_B[name].bias is not None:
-            tensors.append(layer.lora_B[name].bias)
-    return tensors
-
-
-def _concatenate(layer, names: list[str]) -> ExpertStack:
-    if len(layer.lora_embedding_A):
-        return ExpertStack(None, torch.cat([layer.lora_embedding_B[name] for name in names], dim=1), None)
-    A = torch.cat([layer.lora_A[name].weight for name in names], dim=0)
-    B = torch.cat([layer.lora_B[name].weight for name in names], dim=1)
-    biases = [layer.lora_B[name].bias for name in names]
-    if all(bias is None for bias in biases):
-        return ExpertStack(A, B, None)
-    present = next(bias for bias in biases if bias is not None)
-    return ExpertStack(A, B, torch.stack([torch.zeros_like(present) if b is None else b for b in biases]))
+def _joined(parts: list[torch.Tensor], *, dim: int) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)

@@ -146,7 +146,7 @@ class RoutedLoraMixin:
         self._router_hooks = []
         context.unwatch_checkpoints()
         context.router = None
-        context.statistics = {}
+        context.forget_statistics()
         for layer in self._adapted_layers().values():
             if layer.routing_port is not None:
                 layer.routing_port.site = None

@@ -23,9 +23,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Callable, Literal, Optional, Union
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from .moe_product import project
 from .moe_selection import Routing, Selection, select_experts
 
 
@@ -121,8 +121,11 @@ def _check_choice(name: str, value, choices: tuple[str, ...]) -> None:
 
 
 class Gate(nn.Module):
-    """Linear scores of the experts, computed in the weight's dtype (float32 unless base model or gate is float64, or
-    the gate was cast).
+    """Linear scores of the experts.
+
+    Computed in the weight's dtype (float32 unless base model or gate is float64, or the gate was cast). Where the gate
+    of a linear layer looks at what its experts look at, one product serves both, in the dtype of the experts; it is
+    accumulated in float32, and the softmax is float32 in any case.
 
     Args:
         in_features: width of the hidden state.
@@ -139,14 +142,22 @@ class Gate(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`[..., in_features]` to logits `[..., num_experts]`."""
-        with torch.autocast(device_type=hidden_states.device.type, enabled=False):
-            x = hidden_states.to(self.weight.dtype)
-            if self.training and self.jitter > 0:
-                x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
-            # a norm reads x once and writes one number a token; the mean of squares would write all of x again
-            mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
-            logits = F.linear(x, self.weight) * torch.rsqrt(mean_square + 1e-6)
-        return logits.abs() if self.absolute else logits
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        if self.training and self.jitter > 0:
+            x = x.to(self.weight.dtype)
+            x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            _, scores = project(x, [self.weight], len(self.weight), self.weight.dtype)
+        return self.logits_of(scores.reshape(*hidden_states.shape[:-1], -1))
+
+    @property
+    def must_be_called(self) -> bool:
+        """Whether the product with the weight is not all there is: noise is asked for, or somebody listens."""
+        return (self.training and self.jitter > 0) or bool(self._forward_hooks or self._forward_pre_hooks)
+
+    def logits_of(self, scores: torch.Tensor) -> torch.Tensor:
+        """Logits from the products of the normalised input with the gate's rows."""
+        return scores.abs() if self.absolute else scores
 
 
 class RouterSite:
@@ -206,20 +217,23 @@ class Router(nn.Module):
     def forward(self, site: str, hidden_states: torch.Tensor) -> tuple[torch.Tensor, Routing]:
         """Logits and weights at a site, each `[..., num_experts]`, for `hidden_states` `[..., in_features]`."""
         logits = self.gates[gate_key(site)](hidden_states)
+        return logits, self.select(site, logits, training=self.training)
+
+    def select(self, site: str, logits: torch.Tensor, *, training: bool) -> Routing:
+        """What the logits `[..., num_experts]` of a gate say of each token."""
         if logits.shape[-1] != len(self.expert_names):
             raise ValueError(
                 f"The gate at '{site}' scores {logits.shape[-1]} experts but the router mixes "
                 f"{len(self.expert_names)} ({self.expert_names}); the counts must match."
             )
-        routing = select_experts(
+        return select_experts(
             logits,
             selection=self.config.selection,
             temperature=self.config.temperature,
             top_k=self.config.top_k,
             top_p=self.config.top_p,
-            training=self.training,
+            training=training,
         )
-        return logits, routing
 
     @property
     def kept_experts(self) -> Optional[int]:

@@ -30,13 +30,23 @@ class Routing(NamedTuple):
     """What a router says of each token.
 
     `weights` [*T, E] multiply the experts; each row sums to one. `probabilities` [*T, E] are the softmax before
-    anything was dropped. `assignment` [*T, E] says how a token counts towards each expert's load: the weights
-    themselves when dense, otherwise 1 / (number of experts kept) for the experts kept. It carries no gradient.
+    anything was dropped. `dense` says that nothing was.
     """
 
     weights: torch.Tensor
     probabilities: torch.Tensor
-    assignment: torch.Tensor
+    dense: bool
+
+    @property
+    def assignment(self) -> torch.Tensor:
+        """How a token counts towards each expert's load, [*T, E]; carries no gradient.
+
+        The weights themselves when dense, otherwise 1 / (number of experts kept) for the experts kept.
+        """
+        if self.dense:
+            return self.weights.detach()
+        kept = (self.weights > 0).to(self.weights.dtype)
+        return kept / kept.sum(dim=-1, keepdim=True)
 
 
 def select_experts(
@@ -60,18 +70,31 @@ def select_experts(
         training: only read by "hybrid".
     """
     # float32: a half-precision softmax ties experts and makes top-k arbitrary.
-    probabilities = torch.softmax(at_least_float32(logits) / temperature, dim=-1)
+    logits = at_least_float32(logits)
+    probabilities = _softmax(logits if temperature == 1 else logits / temperature)
     if selection == "dense" or (selection == "hybrid" and training):
-        return Routing(probabilities, probabilities, probabilities.detach())
+        return Routing(probabilities, probabilities, dense=True)
     if selection in ("top_k", "hybrid"):
-        kept = torch.zeros_like(probabilities).scatter(-1, probabilities.topk(top_k, dim=-1).indices, 1.0)
+        values, experts = probabilities.topk(top_k, dim=-1, sorted=False)
     else:
-        ordered, order = probabilities.sort(dim=-1, descending=True)
+        ordered, experts = probabilities.sort(dim=-1, descending=True)
         reached_before = ordered.cumsum(dim=-1) - ordered
-        kept = torch.zeros_like(probabilities).scatter(-1, order, (reached_before < top_p).to(probabilities.dtype))
-    weights = probabilities * kept
-    weights = weights / weights.sum(dim=-1, keepdim=True)
-    return Routing(weights, probabilities, kept / kept.sum(dim=-1, keepdim=True))
+        values = ordered * (reached_before < top_p)
+    values = values / values.sum(dim=-1, keepdim=True)
+    return Routing(torch.zeros_like(probabilities).scatter(-1, experts, values), probabilities, dense=False)
+
+
+def _softmax(scores: torch.Tensor) -> torch.Tensor:
+    """Softmax over the experts.
+
+    The CPU's kernel runs along the softmax and is slow over a handful of numbers; over the first dimension it runs
+    along the tokens: 33 instead of 79 us for 512 tokens and 8 experts, but 73 instead of 26 us for 64.
+    """
+    num_experts = scores.shape[-1]
+    if scores.device.type != "cpu" or num_experts > 16 or scores.numel() < 32 * num_experts:
+        return torch.softmax(scores, dim=-1)
+    experts_first = scores.flatten(0, -2).t().contiguous()
+    return torch.softmax(experts_first, dim=0).t().contiguous().view(scores.shape)
 
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
