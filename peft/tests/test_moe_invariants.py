@@ -389,6 +389,19 @@ class TestCompile:
         assert not torch.allclose(compiled(x), before, atol=1e-3)
         torch.testing.assert_close(compiled(x), layer(x), rtol=0, atol=1e-6)
 
+    @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+    @pytest.mark.parametrize("scope", ["layer", "block", "model"])
+    def test_a_whole_model_compiles_without_a_graph_break(self, scope, training):
+        model = tiny_mixture("llama", scope, top_k=2).train(training)
+        ids = tokens(2, 7)
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        expected, actual = model(input_ids=ids, labels=ids), compiled(input_ids=ids, labels=ids)
+        torch.testing.assert_close(actual.logits, expected.logits, rtol=0, atol=1e-6)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        wanted, got = (torch.autograd.grad(output.loss, trained) for output in (expected, actual))
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)  # float32, fused in another order
+
     @pytest.mark.slow
     @torch.no_grad()
     def test_a_layer_with_its_own_gate_compiles_with_inductor(self):

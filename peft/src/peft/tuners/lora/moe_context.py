@@ -53,6 +53,11 @@ class RoutingPort:
         self.context = context
         self.layer_name = layer_name
         self.site: Optional[str] = None  # set while a router is attached
+        self._scores_own_gate: Optional[bool] = None
+
+    def decide_at(self, site: Optional[str]) -> None:
+        """Take the weights from this site of the router from now on; None while there is no router."""
+        self.site, self._scores_own_gate = site, None
 
     def weights_for(self, layer: nn.Module, x: torch.Tensor) -> Union[torch.Tensor, OwnGate, None]:
         """Weights of the layer's tokens, columns as in `layer.active_adapters`; None if the layer is not routed.
@@ -68,7 +73,9 @@ class RoutingPort:
             return None
         if self.site == self.layer_name:
             gate = context.router.gates[gate_key(self.site)]
-            if type(gate) is Gate and not gate.must_be_called and _multiplies_linearly(layer):
+            if self._scores_own_gate is None:
+                self._scores_own_gate = type(gate) is Gate and _multiplies_linearly(layer)
+            if self._scores_own_gate and not gate.must_be_called:
                 return OwnGate(gate.weight, partial(self._weights_of_scores, layer, gate, x))
             weights = context.decide(self.site, _gate_input(layer, x))
         elif not self.is_decided:  # before the block at which a model-scope router looks

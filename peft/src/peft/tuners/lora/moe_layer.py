@@ -33,7 +33,7 @@ from torch import nn
 
 from .moe_path import sparse_pays
 from .moe_product import add_sparse, add_stacked, project, weigh
-from .moe_stack import by_expert, expert_stack, refuse_unstackable
+from .moe_stack import expert_stack, refuse_unstackable
 
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def routed_forward(
     if layer.disable_adapters:
         return layer.base_layer(x, *args, **kwargs)
 
-    names = list(layer.active_adapters)
+    names = layer.active_adapters
     num_weights = len(routing_weights.weight) if isinstance(routing_weights, OwnGate) else routing_weights.shape[-1]
     if num_weights != len(names):
         raise ValueError(
@@ -173,6 +173,8 @@ def fit_to_tokens(routing_weights: torch.Tensor, tokens: tuple[int, ...], where:
     Raises:
         ValueError: batch or sequence length differ; names both shapes.
     """
+    if routing_weights.shape[:-1] == tokens:
+        return routing_weights
     *lead, num_experts = routing_weights.shape
     batch = tokens[0] if tokens else 1
     if len(lead) == 0:
@@ -206,41 +208,39 @@ class ExpertStack(NamedTuple):
 
 def _add_linear(layer, x, result, routing, names, columns, kept) -> torch.Tensor:
     names, columns = _sorted_by_dropout(layer, names, columns)
-    ranks = [layer.r[name] for name in names]
-    rates = set(_dropout_rates(layer, names))
+    own = isinstance(routing, OwnGate)
+    stack = expert_stack(layer, names, routing.weight if own else None)
+    dtype = _product_dtype(layer, x, stack.dtype)
     tokens, num_tokens = x.shape[:-1], x.shape[:-1].numel()
-    dtype = _product_dtype(layer, x, names)
-    sparse = len(rates) == 1 and sparse_pays(num_tokens, ranks, kept, dtype, x.device.type)
-    with_gate = isinstance(routing, OwnGate) and rates == {0.0} and not sparse
-    stack = expert_stack(layer, names, routing.weight if with_gate else None)
+    rates = set(_dropout_rates(layer, names))
+    sparse = len(rates) == 1 and sparse_pays(num_tokens, stack.ranks, kept, dtype, x.device.type)
+    with_gate = own and rates == {0.0} and not sparse
 
     hidden = None
-    if isinstance(routing, OwnGate):
+    if own:
         rows = stack.rows if with_gate else [routing.weight]
         hidden, scores = project(x, rows, len(routing.weight), dtype)
         weights = routing.weights_of(scores.reshape(*tokens, -1))
     else:
-        weights = fit_to_tokens(routing, tuple(tokens)).expand(*tokens, -1)
-    weights = _scaled(layer, weights, names, columns, dtype).reshape(num_tokens, -1)
+        weights = fit_to_tokens(routing, tokens).expand(*tokens, -1)
+    weights = _for_experts(weights, stack, columns, dtype).reshape(num_tokens, -1)
     if sparse:
         dropped = F.dropout(x, *rates) if any(rates) else x
-        factors = by_expert(stack.rows, ranks, dim=0), by_expert(stack.columns, ranks, dim=1)
+        factors = stack.expert_rows(), stack.expert_columns()
         updated = add_sparse(result, dropped, weights, *factors, min(kept, len(names)), dtype)
     else:
         if not with_gate:
-            product = functools.partial(_hidden_ranks, dtype=dtype)
-            hidden = _down(layer, x, stack.rows, names, product, feature_dim=-1)
-        updated = add_stacked(result, hidden, weights, stack.columns, ranks)
+            rows = stack.expert_rows() if own else stack.rows
+            hidden = _down(layer, x, rows, names, functools.partial(_hidden_ranks, dtype=dtype), feature_dim=-1)
+        updated = add_stacked(result, hidden, weights, stack.columns, stack.ranks)
     if stack.bias is not None:
         bias = (weights @ stack.bias.to(weights.dtype)).reshape(result.shape)
         return (updated + bias).to(result.dtype)
     return updated
 
 
-def _product_dtype(layer, x: torch.Tensor, names: list[str]) -> torch.dtype:
-    """The dtype in which stock LoRA would multiply this input by these adapters."""
-    adapters = layer.lora_A._modules
-    dtype = functools.reduce(torch.promote_types, {adapters[name].weight.dtype for name in names})
+def _product_dtype(layer, x: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which stock LoRA would multiply this input by factors of a dtype."""
     if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return dtype if layer.cast_input_dtype_enabled else x.dtype
@@ -254,9 +254,9 @@ def _embedding_delta(layer, x, routing_weights, names, columns) -> torch.Tensor:
     # A is [rank, num_embeddings]: looking up each adapter copies tokens x rank, stacking the tables would copy them.
     looked_up = [layer._embed(x, layer.lora_embedding_A[name].T) for name in names]
     hidden = torch.cat(looked_up, dim=-1)
-    weights = _scaled(layer, fit_to_tokens(routing_weights, tuple(x.shape)), names, columns, hidden.dtype)
-    weighted = weigh(hidden, weights, [layer.r[name] for name in names])
-    delta = F.linear(weighted, _joined(expert_stack(layer, names).columns, dim=1))
+    stack = expert_stack(layer, names)
+    weights = _for_experts(fit_to_tokens(routing_weights, x.shape), stack, columns, hidden.dtype)
+    delta = F.linear(weigh(hidden, weights, stack.ranks), _joined(stack.columns, dim=1))
     embed_scale = layer._get_embed_scale()
     return delta if embed_scale is None else delta * embed_scale.to(delta.dtype)
 
@@ -278,11 +278,10 @@ def _conv_delta(layer, x, routing_weights, names, columns) -> torch.Tensor:
     # Positions of the output play the part of the tokens: [batch, rank, *spatial] -> [batch, positions, rank].
     hidden = hidden.flatten(2).transpose(1, 2)
     weights = fit_to_tokens(routing_weights, (batch, hidden.shape[1]), where="convolution output")
-    weights = _scaled(layer, weights, names, columns, hidden.dtype)
-    ranks = [layer.r[name] for name in names]
-    weighted = weigh(hidden, weights, ranks).transpose(1, 2)
+    weights = _for_experts(weights, stack, columns, hidden.dtype)
+    weighted = weigh(hidden, weights, stack.ranks).transpose(1, 2)
     if base.groups > 1:  # each group of B sees its own share of every adapter's rank
-        shares = [part.unflatten(1, (base.groups, -1)) for part in weighted.split(ranks, dim=1)]
+        shares = [part.unflatten(1, (base.groups, -1)) for part in weighted.split(stack.ranks, dim=1)]
         weighted = torch.cat(shares, dim=2).flatten(1, 2)
     delta = layer.conv_fn(weighted.unflatten(2, spatial), _joined(stack.columns, dim=1), groups=base.groups)
     if stack.bias is None:
@@ -296,7 +295,8 @@ def _down(layer, x, rows, names, product, *, feature_dim: int) -> torch.Tensor:
     rates = _dropout_rates(layer, names)
     if not any(rates):
         return product(x, rows)
-    rows = by_expert(rows, [layer.r[name] for name in names], dim=0)
+    if len(rows) == 1:
+        rows = rows[0].split([layer.r[name] for name in names])
     parts = []
     for rate in dict.fromkeys(rates):
         parts.append(product(F.dropout(x, rate), [row for row, own in zip(rows, rates) if own == rate]))
@@ -319,16 +319,17 @@ def _sorted_by_dropout(layer, names, columns):
     return [names[i] for i in order], [columns[i] for i in order]
 
 
-def _scaled(layer, routing_weights, names, columns, dtype) -> torch.Tensor:
-    """Pick the columns of this layer's adapters and multiply each by its adapter's scaling (alpha / rank)."""
+def _for_experts(routing_weights, stack, columns, dtype) -> torch.Tensor:
+    """Pick the columns of this layer's adapters; scale each by alpha / rank where the stack is not scaled."""
     if columns is not None:
         routing_weights = torch.stack([routing_weights[..., column] for column in columns], dim=-1)
-    scalings = [layer.scaling[name] for name in names]
+    if stack.scalings is None:
+        return routing_weights.to(dtype)
     routing_weights = routing_weights.to(torch.promote_types(routing_weights.dtype, dtype))  # round once, at the end
-    if len(set(scalings)) == 1:
-        return (routing_weights * scalings[0]).to(dtype)
+    if len(set(stack.scalings)) == 1:
+        return (routing_weights * stack.scalings[0]).to(dtype)
     # A list of floats becomes a tensor without a copy from the host in each call: scale the columns one by one.
-    scaled = [routing_weights[..., i] * scaling for i, scaling in enumerate(scalings)]
+    scaled = [routing_weights[..., i] * scaling for i, scaling in enumerate(stack.scalings)]
     return torch.stack(scaled, dim=-1).to(dtype)
 
 

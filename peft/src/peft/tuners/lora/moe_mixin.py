@@ -149,7 +149,7 @@ class RoutedLoraMixin:
         context.forget_statistics()
         for layer in self._adapted_layers().values():
             if layer.routing_port is not None:
-                layer.routing_port.site = None
+                layer.routing_port.decide_at(None)
         delattr(self, ROUTER_ATTRIBUTE)
         return router
 
@@ -341,7 +341,7 @@ class RoutedLoraMixin:
         self._router_hooks = self._hook_model(context)
         for site in sites:
             for layer in site.layers.values():
-                layer.routing_port.site = site.name
+                layer.routing_port.decide_at(site.name)
             if site.module is self.model or isinstance(site.module, RoutedLayerMixin):
                 continue
             enter = partial(context.enter_block, site.name)

@@ -39,7 +39,7 @@ from torch.autograd import Function
 NORM_EPSILON = 1e-6
 
 
-def project(x: Tensor, rows: Sequence[Tensor], num_scores: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def project(x: Tensor, rows: Sequence[Tensor], num_scores: int, dtype: torch.dtype) -> tuple[Tensor, Optional[Tensor]]:
     """Multiply the input by the experts' A factors and by a gate, in one product.
 
     Args:
@@ -49,7 +49,7 @@ def project(x: Tensor, rows: Sequence[Tensor], num_scores: int, dtype: torch.dty
         dtype: in which to multiply.
 
     Returns:
-        hidden_TR in that dtype, and scores_TS = (x / rms(x)) W^T, at least float32.
+        hidden_TR in that dtype, and scores_TS = (x / rms(x)) W^T, at least float32, or None where S is 0.
     """
     if not torch.is_grad_enabled():
         return _project(x, rows, num_scores, dtype)[:2]
@@ -99,18 +99,19 @@ def add_sparse(
 def weigh(hidden: Tensor, weights: Tensor, ranks: Sequence[int]) -> Tensor:
     """Multiply each expert's block of ranks `[..., R]` by that expert's weight `[..., E]`."""
     if len(set(ranks)) == 1:
-        return (hidden.unflatten(-1, (len(ranks), ranks[0])) * weights.unsqueeze(-1)).flatten(-2)
+        by_expert = hidden.view(*hidden.shape[:-1], len(ranks), ranks[0])
+        return (by_expert * weights.unsqueeze(-1)).view(hidden.shape)
     blocks = [block * weights[..., i : i + 1] for i, block in enumerate(hidden.split(ranks, dim=-1))]
     return torch.cat(blocks, dim=-1)
 
 
 def _project(
     x: Tensor, rows: Sequence[Tensor], num_scores: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Optional[Tensor]]:
-    flat = x.reshape(-1, x.shape[-1]).to(dtype)
+) -> tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
+    flat = _flat(x, dtype)
     product = flat @ _join(rows, dtype, dim=0).t()
     if not num_scores:
-        return product, product.new_empty((len(flat), 0)), None
+        return product, None, None
     inverse_rms = _inverse_rms(flat)
     num_ranks = product.shape[1] - num_scores
     return product[:, :num_ranks], product[:, num_ranks:] * inverse_rms, inverse_rms  # scores become float32
@@ -128,7 +129,7 @@ class _Project(Function):
     def backward(ctx: Any, grad_hidden: Tensor, grad_scores: Tensor) -> tuple[Optional[Tensor], ...]:
         x, scores, inverse_rms, *rows = ctx.saved_tensors
         needs_x, _, _, *needs_rows = ctx.needs_input_grad
-        flat = x.reshape(-1, x.shape[-1]).to(ctx.dtype)
+        flat = _flat(x, ctx.dtype)
         grad_product = grad_hidden.to(ctx.dtype)
         if inverse_rms is not None:
             if torch.is_grad_enabled():  # what was saved is a constant to second derivatives
@@ -250,8 +251,14 @@ def _add_product(rows: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return torch.addmm(rows, left, right) if rows.dtype == left.dtype else rows + left @ right
 
 
+def _flat(x: Tensor, dtype: torch.dtype) -> Tensor:
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if flat.dtype == dtype else flat.to(dtype)
+
+
 def _join(parts: Sequence[Tensor], dtype: torch.dtype, *, dim: int) -> Tensor:
-    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)).to(dtype)
+    joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
+    return joined if joined.dtype == dtype else joined.to(dtype)
 
 
 def _grad_of_parts(
@@ -285,11 +292,11 @@ def _inverse_rms(x_TI: Tensor) -> Tensor:
 
     A norm reads x once and writes one number a token; the mean of squares would write all of x again.
     """
-    if torch.is_autocast_enabled(x_TI.device.type):  # which would copy x to float32 first
-        with torch.autocast(x_TI.device.type, enabled=False):
-            return _inverse_rms(x_TI)
-    norm = torch.linalg.vector_norm(x_TI, dim=-1, keepdim=True)
-    norm = norm.to(torch.promote_types(norm.dtype, torch.float32))
+    if x_TI.dtype.itemsize < 4:
+        with torch.autocast(x_TI.device.type, enabled=False):  # which would copy x to float32 first
+            norm = torch.linalg.vector_norm(x_TI, dim=-1, keepdim=True).float()
+    else:
+        norm = torch.linalg.vector_norm(x_TI, dim=-1, keepdim=True)
     return torch.rsqrt(norm.square() / x_TI.shape[-1] + NORM_EPSILON)
 
 

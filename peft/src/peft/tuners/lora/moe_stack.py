@@ -15,13 +15,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional, Sequence
+import functools
+import operator
+from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor, nn
 
 
 STACK_CACHE_KEY = "moe_expert_stack"
+
+_version_of = operator.attrgetter("_version")
 
 
 class ExpertStack(NamedTuple):
@@ -30,12 +34,24 @@ class ExpertStack(NamedTuple):
     `rows` are the A factors `[rank, in_features]` and, if the layer's gate was asked for, the gate's weight last (no
     rows for embeddings, which look up each adapter instead); `columns` are the B factors `[out_features, rank]`. Each
     holds one tensor, stacked along the rank, or the parts to be stacked. `bias` is `[num_experts, out_features]` or
-    None.
+    None. `scalings` (alpha / rank of each adapter) are to be multiplied onto the weights; None if columns and bias
+    hold them already. `dtype` is that of the A factors together.
     """
 
+    ranks: list[int]
     rows: list[Tensor]
     columns: list[Tensor]
     bias: Optional[Tensor]
+    scalings: Optional[list[float]]
+    dtype: torch.dtype
+
+    def expert_rows(self) -> list[Tensor]:
+        """The A factor of each expert, without the gate."""
+        return list(_split(self.rows, self.ranks, dim=0)[: len(self.ranks)])
+
+    def expert_columns(self) -> list[Tensor]:
+        """The B factor of each expert."""
+        return list(_split(self.columns, self.ranks, dim=1))
 
 
 def expert_stack(layer: nn.Module, names: list[str], gate: Optional[Tensor] = None) -> ExpertStack:
@@ -50,19 +66,25 @@ def expert_stack(layer: nn.Module, names: list[str], gate: Optional[Tensor] = No
     """
     if torch.compiler.is_compiling():
         return _with_gate(_parts(layer, names), gate)
-    gate_kept = gate is not None and not _is_differentiated(gate) and not gate.is_inference()
-    kept_gate = gate if gate_kept else None
+    gate_trains = gate is not None and (_is_differentiated(gate) or gate.is_inference())
     held = layer._caches.get(STACK_CACHE_KEY)
-    if held is None or not held.still_holds(names, kept_gate):
+    if held is None or not held.still_holds(layer, names, None if gate_trains else gate):
         parts = _parts(layer, names)
         # In-place steps through `.data` leave no trace on the version counter, so training always drops the copy.
         layer._caches.pop(STACK_CACHE_KEY, None)
         tensors = [*parts.rows, *parts.columns] if parts.bias is None else [*parts.rows, *parts.columns, parts.bias]
         if any(tensor.is_inference() or _is_differentiated(tensor) for tensor in tensors):
             return _with_gate(parts, gate)
-        held = _HeldStack(_factors(layer, names), names, kept_gate, parts)
+        held = _HeldStack(layer, names, None if gate_trains else gate, parts)
         layer._caches[STACK_CACHE_KEY] = held
-    return held.stack if gate_kept else _with_gate(held.stack, gate)
+    return _with_gate(held.stack, gate) if gate_trains else held.stack
+
+
+def drop_expert_stacks(model: nn.Module) -> None:
+    """Forget the stacks that layers keep, after or before weights are written through `.data`."""
+    for module in model.modules():
+        if hasattr(module, "lora_A") and hasattr(module, "_caches"):
+            module._caches.pop(STACK_CACHE_KEY, None)
 
 
 def refuse_unstackable(layer: nn.Module, names: list[str]) -> None:
@@ -84,102 +106,85 @@ def refuse_unstackable(layer: nn.Module, names: list[str]) -> None:
         )
 
 
-def by_expert(parts: list[Tensor], ranks: list[int], *, dim: int) -> list[Tensor]:
-    """Rows (`dim` 0) or columns (`dim` 1) of a stack, one tensor for each expert."""
-    return list(parts[0].split(ranks, dim=dim)) if len(parts) < len(ranks) else list(parts)
+class _HeldStack:
+    """A stack together with what tells whether it still holds: parameters, their storage and their version.
 
-
-def drop_expert_stacks(model: nn.Module) -> None:
-    """Forget the stacks that layers keep, after or before weights are written through `.data`."""
-    for module in model.modules():
-        if hasattr(module, "lora_A") and hasattr(module, "_caches"):
-            module._caches.pop(STACK_CACHE_KEY, None)
-
-
-class _Factor:
-    """A parameter, where the layer holds it, and what tells whether it is still the same.
-
-    The alias keeps the storage alive, so that its address cannot be given to other values meanwhile. What cannot be
+    The aliases keep the storages alive, so that an address cannot be given to other values meanwhile. What cannot be
     seen is an in-place write through `.data` between two calls without gradients: write to the parameter itself,
     under `torch.no_grad()`.
     """
 
-    __slots__ = ("address", "alias", "holder", "key", "module", "name", "siblings", "tensor", "version")
-
-    def __init__(self, container: nn.Module, name: str, key: str) -> None:
-        in_module = isinstance(container, nn.ModuleDict)
-        self.siblings, self.name = (container._modules if in_module else container._parameters), name
-        self.module = self.siblings[name]
-        self.holder, self.key = (self.module._parameters, key) if in_module else (container._parameters, name)
-        self.tensor = self.holder[self.key]
-        self.alias = self.tensor.detach()
-        self.address = self.tensor.data_ptr()
-        self.version = self.tensor._version
-
-    def is_unchanged(self) -> bool:
-        tensor = self.tensor
-        return (
-            self.siblings.get(self.name) is self.module
-            and self.holder.get(self.key) is tensor
-            and tensor._version == self.version
-            and tensor.data_ptr() == self.address
-        )
-
-
-class _HeldStack:
-    """A stack together with the factors it was made of."""
-
-    def __init__(self, factors: list[_Factor], names: list[str], gate: Optional[Tensor], parts: ExpertStack) -> None:
-        self.names = list(names)
-        self.factors = factors
-        self.gate = gate
-        self.gate_alias = None if gate is None else gate.detach()
-        self.gate_version = None if gate is None else gate._version
+    def __init__(self, layer: nn.Module, names: list[str], gate: Optional[Tensor], parts: ExpertStack) -> None:
+        self.names, self.gate = list(names), gate
+        self.scaling, self.ranks = dict(layer.scaling), dict(layer.r)
+        # Dictionaries, keys and what was found there: the adapters' modules, and their parameters.
+        modules, parameters = [], []
+        if len(layer.lora_embedding_A):
+            parameters += [(layer.lora_embedding_B._parameters, name) for name in names]
+        else:
+            modules += [(factor._modules, name) for factor in (layer.lora_A, layer.lora_B) for name in names]
+            for holder, name in modules:
+                parameters += [(holder[name]._parameters, key) for key in ("weight", "bias")]
+        places = [(holder, key) for holder, key in [*modules, *parameters] if holder.get(key) is not None]
+        self.holders, self.keys = zip(*places)
+        self.found = [holder[key] for holder, key in places]
+        self.tensors = [value for value in self.found if isinstance(value, Tensor)] + ([] if gate is None else [gate])
+        self.versions = [tensor._version for tensor in self.tensors]
+        self.addresses = [tensor.data_ptr() for tensor in self.tensors]
+        self.aliases = [tensor.detach() for tensor in self.tensors]
         with torch.no_grad():
             rows = [torch.cat(parts.rows)] if parts.rows else []
             if gate is not None:
-                rows = [torch.cat([*rows, gate.to(rows[0].dtype)])]
-            self.stack = parts._replace(rows=rows, columns=[torch.cat(parts.columns, dim=1)])
+                rows = [torch.cat([*rows, gate.to(parts.dtype)])]
+            columns = [part * scaling for part, scaling in zip(parts.columns, parts.scalings)]
+            bias = parts.bias
+            if bias is not None:
+                bias = torch.stack([row * scaling for row, scaling in zip(bias, parts.scalings)])
+            self.stack = parts._replace(rows=rows, columns=[torch.cat(columns, dim=1)], bias=bias, scalings=None)
 
-    def still_holds(self, names: list[str], gate: Optional[Tensor]) -> bool:
-        if names != self.names or gate is not self.gate:
+    def still_holds(self, layer: nn.Module, names: list[str], gate: Optional[Tensor]) -> bool:
+        if names != self.names or gate is not self.gate or layer.scaling != self.scaling or layer.r != self.ranks:
+            return False
+        if not all(map(operator.is_, map(dict.get, self.holders, self.keys), self.found)):
+            return False
+        if list(map(_version_of, self.tensors)) != self.versions:
+            return False
+        if list(map(Tensor.data_ptr, self.tensors)) != self.addresses:
             return False
         if torch.is_grad_enabled():
-            if self.stack.columns[0].is_inference() or any(f.tensor.requires_grad for f in self.factors):
-                return False
-        if gate is not None:
-            if gate._version != self.gate_version or gate.data_ptr() != self.gate_alias.data_ptr():
-                return False
-        return all(factor.is_unchanged() for factor in self.factors)
+            trains = any(tensor.requires_grad for tensor in self.tensors)
+            return not trains and not self.stack.columns[0].is_inference()
+        return True
 
     def __deepcopy__(self, memo):
         return None  # a copied layer has parameters of its own
 
 
-def _factors(layer: nn.Module, names: list[str]) -> list[_Factor]:
-    if len(layer.lora_embedding_A):
-        return [_Factor(layer.lora_embedding_B, name, name) for name in names]
-    keys = [(layer.lora_A, "weight"), (layer.lora_B, "weight"), (layer.lora_B, "bias")]
-    return [
-        _Factor(container, name, key)
-        for container, key in keys
-        for name in names
-        if container[name]._parameters.get(key) is not None
-    ]
-
-
 def _parts(layer: nn.Module, names: list[str]) -> ExpertStack:
     refuse_unstackable(layer, names)
+    ranks, scalings = [layer.r[name] for name in names], [layer.scaling[name] for name in names]
     if len(layer.lora_embedding_A):
-        return ExpertStack([], [layer.lora_embedding_B[name] for name in names], None)
+        columns = [layer.lora_embedding_B[name] for name in names]
+        return ExpertStack(ranks, [], columns, None, scalings, _common_dtype(columns))
     rows = [layer.lora_A[name].weight for name in names]
     columns = [layer.lora_B[name].weight for name in names]
-    biases = [layer.lora_B[name].bias for name in names]
-    if all(bias is None for bias in biases):
-        return ExpertStack(rows, columns, None)
-    present = next(bias for bias in biases if bias is not None)
-    stacked = torch.stack([torch.zeros_like(present) if bias is None else bias for bias in biases])
-    return ExpertStack(rows, columns, stacked)
+    biases, bias = [layer.lora_B[name].bias for name in names], None
+    if any(bias is not None for bias in biases):
+        present = next(bias for bias in biases if bias is not None)
+        bias = torch.stack([torch.zeros_like(present) if bias is None else bias for bias in biases])
+    return ExpertStack(ranks, rows, columns, bias, scalings, _common_dtype(rows))
+
+
+def _split(parts: list[Tensor], ranks: list[int], *, dim: int) -> list[Tensor]:
+    first = parts[0]
+    if first.shape[dim] == ranks[0]:
+        return parts
+    gate_rows = first.shape[dim] - sum(ranks)
+    return list(first.split([*ranks, gate_rows] if gate_rows else ranks, dim=dim))
+
+
+def _common_dtype(tensors: list[Tensor]) -> torch.dtype:
+    return functools.reduce(torch.promote_types, {tensor.dtype for tensor in tensors})
 
 
 def _with_gate(stack: ExpertStack, gate: Optional[Tensor]) -> ExpertStack:
