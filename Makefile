@@ -59,6 +59,11 @@ bench: $(DATA) ## run the benchmarks: ratios, each measured in one process
 	@echo "== running the benchmarks"
 	$(PYTEST) benchmarks $(ARGS)
 
+.PHONY: validate
+validate: $(INSTALLED) ## check that routed LoRA computes what it says, on the committed base
+	@echo "== checking that routed LoRA computes what it says"
+	$(VENV_PYTHON) validate_moe_modifications.py $(ARGS)
+
 .PHONY: smollm2
 smollm2: $(INSTALLED) ## fetch SmolLM2-135M-Instruct into the cache, for --model_name smollm2-135m
 	@echo "== fetching SmolLM2-135M-Instruct"
