@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.forms import forms
 from benchmarks.generation import generation
 from benchmarks.machine import machine, measured_code
 from benchmarks.models import Setting
@@ -30,6 +31,7 @@ PARTS = {
     "generation": generation,
     "scaling": scaling,
     "scope": scope,
+    "forms": forms,
     "operators": operators,
 }
 MIN_ROUNDS = 2

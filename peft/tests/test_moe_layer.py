@@ -746,6 +746,14 @@ class TestRefusals:
         x, weights = torch.randn(2, 5).double(), random_weights(1)
         torch.testing.assert_close(layer(x, routing_weights=weights), token_loop(layer, x, weights), **EXACT)
 
+    @pytest.mark.parametrize("absent", [lambda factor: factor.to("meta"), lambda factor: factor.detach()[:0]])
+    def test_weights_that_are_offloaded_or_partitioned_are_refused_and_named(self, absent):
+        layer = adapted_model(nn.Linear(5, 4), SAME_RANK).base_model.model.layer
+        name = layer.active_adapters[1]
+        layer.lora_A[name].weight = nn.Parameter(absent(layer.lora_A[name].weight))
+        with pytest.raises(ValueError, match=f"weights of adapter '{name}' are not on a device"):
+            layer(random_weights(2, 3, 5), routing_weights=random_weights(2, 3, 3))
+
     def test_merged_adapters_are_refused_and_named(self):
         layer, x = example("linear")
         layer.merge(adapter_names=["two"])

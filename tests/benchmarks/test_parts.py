@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from benchmarks import operators, parts
+from benchmarks import forms, operators, parts
 from benchmarks.engine import PARTS
 from benchmarks.generation import check_against_full_passes
 from benchmarks.models import SIZES, Setting, make_base, random_tokens
@@ -16,6 +16,8 @@ MACHINE = dict.fromkeys(("processor", "system", "python", "torch", "transformers
 @pytest.fixture(autouse=True)
 def few(monkeypatch):
     monkeypatch.setattr(parts, "EXPERTS", (2, 4))
+    monkeypatch.setattr(forms, "EXPERTS", (2, 4))
+    monkeypatch.setattr(forms, "TOKENS", (4,))
     monkeypatch.setattr(parts, "TOKENS", (1, 4))
     monkeypatch.setattr(parts, "RANKS", (2, 4))
     monkeypatch.setattr(operators, "TURNS", 1)

@@ -168,6 +168,12 @@ def _parts(layer: nn.Module, names: list[str]) -> ExpertStack:
         return ExpertStack(ranks, [], columns, None, scalings, _common_dtype(columns))
     rows = [layer.lora_A[name].weight for name in names]
     columns = [layer.lora_B[name].weight for name in names]
+    for name, row in zip(names, rows):
+        if row.is_meta or row.numel() == 0:
+            raise ValueError(
+                f"The weights of adapter '{name}' are not on a device: offloaded, or partitioned by DeepSpeed ZeRO-3. "
+                "Keep the adapters on a device (a device_map without offloading, ZeRO-2 or FSDP2)."
+            )
     biases, bias = [layer.lora_B[name].bias for name in names], None
     if any(bias is not None for bias in biases):
         present = next(bias for bias in biases if bias is not None)
