@@ -17,8 +17,9 @@ from dylo_moe.equivalence_case import Case, Result, random_weights
 from dylo_moe.equivalence_models import randomize_adapter, scaled
 from dylo_moe.equivalence_rounding import largest_difference
 
-# A gap is told from rounding if it is this many times larger than rounding's effect on the logits.
-CLEAR_OF_ROUNDING = 50
+# A gap (root mean square over the vocabulary) is told from rounding if it is this many times larger than the largest
+# effect of rounding on a logit, some 40 times its root mean square. Rounding then adds in squares: a thousandth.
+CLEAR_OF_ROUNDING = 10
 # Half the update leaves a quarter of the gap, plus terms that themselves halve with the update.
 RATIO_BAND = (3.6, 4.4)
 MOST_HALVINGS = 10
@@ -84,22 +85,21 @@ def gap_of_the_two(case: Case) -> Iterator[Result]:
     weights = weights / weights.sum()
 
     def difference() -> Tensor:
-        """Largest gap of each token's logits: [batch, seq]."""
-        return (case.logits(routing_weights=weights) - mixed_logits(case, weights)).abs().amax(dim=-1)
+        """The gap of each token's logits: [batch, seq, vocabulary]."""
+        return case.logits(routing_weights=weights) - mixed_logits(case, weights)
 
-    full = difference().max().item()
+    full = difference().abs().max().item()
     yield Result(
         check="mixing in the layers against mixing logits",
         verdict="measured",
         difference=full,
         why="two functions, not one: a gap is expected",
     )
-    # The median token: a base model's own router may send a few tokens elsewhere, which is no smooth change.
     gaps: list[tuple[float, float]] = []
     floor, factor = CLEAR_OF_ROUNDING * case.rounding, _first_factor(case, difference)
     for _ in range(MOST_HALVINGS):
         with scaled(case.model, factor):
-            gap = difference().median().item()
+            gap = _typical(difference())
         if gap < floor:
             break
         gaps.append((factor, gap))
@@ -121,12 +121,20 @@ def gap_of_the_two(case: Case) -> Iterator[Result]:
     )
 
 
+def _typical(difference: Tensor) -> float:
+    """Root mean square over the vocabulary of the median token.
+
+    Of the median, because a base model's own router may send a few tokens elsewhere, which is no smooth change.
+    """
+    return difference.square().mean(dim=-1).sqrt().median().item()
+
+
 def _first_factor(case: Case, difference) -> float:
     """1, or as many times the update as it takes for a gap that can be halved a few times above rounding."""
     factor = 1.0
     while factor < 2**MOST_HALVINGS:
         with scaled(case.model, factor):
-            if difference().median().item() > 100 * CLEAR_OF_ROUNDING * case.rounding:
+            if _typical(difference()) > 100 * CLEAR_OF_ROUNDING * case.rounding:
                 break
         factor *= 2
     return factor
