@@ -68,6 +68,16 @@ def run_ddp(rank, scope, checkpointing):
     return averaged(loss), trainable_gradients(model)
 
 
+def run_ddp_unused(rank, scope, checkpointing):
+    """As transformers' Trainer runs adapters: looking for unused parameters, for which DDP builds the output anew."""
+    model = mixture(scope, checkpointing)
+    wrapped = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    output = wrapped(input_ids=half(rank), labels=half(rank))
+    output.loss.backward()
+    assert output.router_z_loss is output["router_z_loss"] and output.router_z_loss.isfinite()
+    return averaged(output.loss.detach()), trainable_gradients(model)
+
+
 def sharded(model):
     for block in model.base_model.model.model.layers:
         fully_shard(block)
@@ -99,6 +109,7 @@ def run_fsdp_forward(rank, scope, checkpointing):
 CASES = {
     **{("ddp", scope, "none"): run_ddp for scope in SCOPES},
     **{("ddp", "block", how): run_ddp for how in ("reentrant", "not_reentrant")},
+    **{("ddp_unused", scope, "none"): run_ddp_unused for scope in SCOPES},
     **{("fsdp", scope, "none"): run_fsdp for scope in SCOPES},
     ("fsdp", "block", "not_reentrant"): run_fsdp,
     **{("fsdp_forward", scope, "none"): run_fsdp_forward for scope in SCOPES},
@@ -154,6 +165,11 @@ def check_against_one_process(scope, checkpointing, loss, gradients):
 @pytest.mark.parametrize("scope, checkpointing", [case[1:] for case in CASES if case[0] == "ddp"])
 def test_ddp_gives_the_gradients_of_one_process(scope, checkpointing, results):
     check_against_one_process(scope, checkpointing, *result_of(results, "ddp", scope, checkpointing))
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_ddp_that_looks_for_unused_parameters_gives_them_too(scope, results):
+    check_against_one_process(scope, "none", *result_of(results, "ddp_unused", scope, "none"))
 
 
 @pytest.mark.parametrize("scope, checkpointing", [case[1:] for case in CASES if case[0] == "fsdp"])

@@ -35,7 +35,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from .moe_frame import Frame, input_shape
 from .moe_layer import OwnGate, fit_to_tokens
-from .moe_losses import CarryLoss, gate_statistics, router_losses
+from .moe_losses import CarryLoss, gate_statistics, report_losses, router_losses
 from .moe_router import Gate, Router, gate_key
 from .moe_selection import Routing
 
@@ -345,8 +345,7 @@ class RoutingContext:
             log_probs = output.get("log_probs")
             if isinstance(log_probs, torch.Tensor):
                 output["log_probs"] = CarryLoss.apply(log_probs, output.get("label_mask"), total.to(log_probs.device))
-            for name, loss in losses.items():
-                output[name] = loss
+            output = report_losses(output, losses)
         elif isinstance(output, tuple) and given.get("labels") is not None:
             output = (output[0] + total.to(output[0].device), *output[1:])
         return output

@@ -25,9 +25,12 @@ Shape letters: T tokens, E experts.
 
 from __future__ import annotations
 
+import functools
+from dataclasses import fields, is_dataclass, make_dataclass
 from typing import Any, Optional
 
 import torch
+from transformers.utils import ModelOutput
 
 from .moe_selection import Routing, at_least_float32
 
@@ -79,6 +82,37 @@ def router_losses(statistics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
         means.append(torch.stack([balance, per_token[0], per_token[1]]))
     balance, z, entropy = torch.stack(means).mean(dim=0)
     return {"router_balance_loss": balance, "router_z_loss": z, "router_entropy": entropy}
+
+
+def report_losses(output: ModelOutput, losses: dict[str, torch.Tensor]) -> ModelOutput:
+    """The output of a model with the router's losses beside what it holds.
+
+    It is of a class that knows them as fields: DistributedDataParallel takes outputs apart and builds them anew from
+    their class when it looks for unused parameters, and a key that is no field would be refused there.
+    """
+    if torch.compiler.is_compiling() or not is_dataclass(output):
+        for name, loss in losses.items():
+            output[name] = loss
+        return output
+    known = {field.name for field in fields(output)}
+    reported = _class_with_losses(type(output), tuple(losses))(
+        **{name: value for name, value in output.items() if name in known}, **losses
+    )
+    for name in output.keys() - known:
+        reported[name] = output[name]
+    return reported
+
+
+@functools.lru_cache(maxsize=None)
+def _class_with_losses(output_class: type[ModelOutput], names: tuple[str, ...]) -> type[ModelOutput]:
+    if set(names) <= {field.name for field in fields(output_class)}:
+        return output_class
+    return make_dataclass(
+        f"Routed{output_class.__name__}",
+        [(name, Optional[torch.Tensor], None) for name in names],
+        bases=(output_class,),
+        namespace={"__module__": output_class.__module__, "__doc__": output_class.__doc__},
+    )
 
 
 class CarryLoss(torch.autograd.Function):
