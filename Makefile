@@ -36,7 +36,7 @@ help:
 .PHONY: demo
 demo: $(DATA) ## train a first mixture on the committed base and print how it compares (about five minutes)
 	@echo "== training a mixture of four experts, and what it is compared with"
-	$(VENV_PYTHON) train.py $(ARGS)
+	$(VENV_PYTHON) train.py --config configs/demo.yaml $(ARGS)
 
 .PHONY: test
 test: lint $(DATA) ## check the style and run all tests but the slow ones
@@ -68,6 +68,11 @@ validate: $(INSTALLED) ## check that routed LoRA computes what it says, on the c
 smollm2: $(INSTALLED) ## fetch SmolLM2-135M-Instruct into the cache, for --model_name smollm2-135m
 	@echo "== fetching SmolLM2-135M-Instruct"
 	$(VENV_PYTHON) -m dylo_moe.smollm2
+
+.PHONY: continual
+continual: $(DATA) ## let prose, code and math arrive one after another; the mixture grows (five minutes)
+	@echo "== training a mixture that grows with its skills, and what it is compared with"
+	$(VENV_PYTHON) train.py --continual prose code math $(ARGS)
 
 .PHONY: lint
 lint: $(INSTALLED) ## check the style of the code and that the fork's queue and tree agree

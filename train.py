@@ -1,7 +1,9 @@
 """Train a mixture of LoRA experts on several domains and compare it with one LoRA of the same size.
 
-python train.py                                             # the committed base, prose + code + math, ~5 minutes
-python train.py --num_experts 8 --datasets prose,notes.jsonl --output_dir runs/mine
+python train.py --config configs/demo.yaml                  # the committed base, prose + code + math, ~5 minutes
+python train.py --num_experts 8 --datasets prose,notes.jsonl --num_epochs 2 --output_dir runs/mine
+python train.py --data_prep_only --datasets notes.jsonl     # what the data holds; trains nothing
+python train.py --continual prose code math                 # skills one after another; --help after it: its options
 """
 
 import logging
@@ -9,27 +11,58 @@ import sys
 import warnings
 from pathlib import Path
 
-from transformers import HfArgumentParser
-
+from dylo_moe import continual, first_mixture
 from dylo_moe.adapters import MixtureConfig
 from dylo_moe.allocator import keep_freed_memory
 from dylo_moe.downloads import DownloadError
-from dylo_moe.first_mixture import RunConfig, as_text, run
+from dylo_moe.first_mixture import RunConfig
+from dylo_moe.options import OptionParser, names_option
 from dylo_moe.training import TrainingConfig
+from dylo_moe.training_data import DataConfig
+
+INTERRUPTED = 130  # what a shell reports of a program that was stopped by Ctrl-C
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = HfArgumentParser((MixtureConfig, TrainingConfig, RunConfig), description=__doc__.splitlines()[0])
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    grows = names_option("continual", argv)
+    classes = (continual.ContinualConfig,) if grows else (MixtureConfig, DataConfig, TrainingConfig, RunConfig)
+    parser = OptionParser(classes, description=__doc__.splitlines()[0], epilog=None if grows else EPILOG)
+    _speak_as_first_process()
     keep_freed_memory()
+    output = None
     try:
-        mixture, training, config = parser.parse_args_into_dataclasses(argv)
-        results = run(mixture, training, config)
-    except (ValueError, FileNotFoundError, DownloadError) as refused:
+        configs = parser.parse(argv)
+        output = Path(configs[-1].output_dir)
+        text = _grow(*configs, output) if grows else _train(*configs, output)
+    except (ValueError, FileNotFoundError, DownloadError, ModuleNotFoundError) as refused:
         parser.error(str(refused))
-    print(as_text(results, Path(config.output_dir)))
+    except KeyboardInterrupt:
+        if output is not None:
+            print(f"Stopped. What was trained lies in {output}; the same command continues there.", file=sys.stderr)
+        return INTERRUPTED
+    if text:
+        print(text)
     return 0
+
+
+EPILOG = "With --continual, skills arrive one after another: `train.py --continual prose code math --help`."
+
+
+def _train(mixture: MixtureConfig, data: DataConfig, training: TrainingConfig, config: RunConfig, output: Path) -> str:
+    if config.data_prep_only:
+        return first_mixture.report_data(data, training, config)
+    results = first_mixture.run(mixture, data, training, config)
+    return first_mixture.as_text(results, output) if results else ""
+
+
+def _grow(config: continual.ContinualConfig, output: Path) -> str:
+    return continual.as_text(continual.run(config), output)
+
+
+def _speak_as_first_process() -> None:
+    level = logging.INFO if first_mixture.is_first_process() else logging.ERROR
+    logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,43 @@
 """DyLoRA-MoE: a mixture of LoRA experts that grows with the skills it meets, on top of the PEFT fork's routed LoRA.
 
-Import what you need from the module that holds it:
+    from dylo_moe import DyLoRA_MoE
 
+    model = DyLoRA_MoE("base", num_experts=4)
+
+What else you need, import from the module that holds it:
+
+    dylo_moe.model        the mixture (`DyLoRA_MoE`), with its `ExpertManager` and its `DynamicHybridRouter`
+    dylo_moe.skills       the skills it has met (`SkillLibrary`); `dylo_moe.novelty` tells known from new
+    dylo_moe.continual    skills learnt one after another (`run`)
     dylo_moe.data         text: built-in domains, a user's own files, hub datasets (`load_documents`)
+    dylo_moe.training     train an adapter: resumable, routing watched (`train_adapter`, `TrainingConfig`)
+    dylo_moe.evaluate     perplexity by domain, lm-eval, HumanEval (`python -m dylo_moe.evaluate`)
     dylo_moe.packing      documents cut into blocks for language-model training (`pack_documents`)
     dylo_moe.perplexity   held-out perplexity (`measure_texts`, `measure_blocks`)
     dylo_moe.base_model   base models by name (`load_base_model`, `resolve_model_name`)
     dylo_moe.smollm2      fetches and converts SmolLM2-135M
     dylo_moe.allocator    makes training on a CPU several times faster (`keep_freed_memory`)
 """
+
+import importlib
+
+# Imported when first asked for: `import dylo_moe` alone loads neither torch nor transformers.
+_WHERE = {
+    "DyLoRA_MoE": "dylo_moe.model",
+    "DynamicHybridRouter": "dylo_moe.router",
+    "ExpertManager": "dylo_moe.experts",
+    "NoveltyDetector": "dylo_moe.novelty",
+    "SkillLibrary": "dylo_moe.skills",
+    "TwoPhaseLRScheduler": "dylo_moe.lr_schedule",
+}
+__all__ = sorted(_WHERE)
+
+
+def __getattr__(name: str):
+    if name not in _WHERE:
+        raise AttributeError(f"module 'dylo_moe' has no attribute '{name}'")
+    return getattr(importlib.import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -5,6 +5,7 @@ from typing import Literal
 
 from peft import LoraConfig, MoELoraConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 
 @dataclass(kw_only=True)
@@ -18,6 +19,9 @@ class MixtureConfig:
     )
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the experts' input in training."})
     top_k: int | None = field(default=2, metadata={"help": "Experts kept for each token; 0 keeps all."})
+    dense_training: bool = field(
+        default=False, metadata={"help": "Weigh all experts while training and keep top_k of them in use only."}
+    )
     router_scope: Literal["layer", "block", "model", "two_pass"] = field(
         default="block", metadata={"help": "Where the router looks: at each layer's, block's or one block's input."}
     )
@@ -25,7 +29,7 @@ class MixtureConfig:
 
     def __post_init__(self) -> None:
         if self.num_experts < 1:
-            raise ValueError(f"num_experts is {self.num_experts}, but must be at least 1.")
+            raise ValueError(f"num_experts is {self.num_experts}, but must be at least 1. A mixture mixes experts.")
         if self.lora_r < 1:
             raise ValueError(f"lora_r is {self.lora_r}, but must be at least 1.")
         if self.top_k is not None and not 0 <= self.top_k <= self.num_experts:
@@ -33,6 +37,8 @@ class MixtureConfig:
                 f"top_k is {self.top_k}, but must lie between 0 (all) and num_experts ({self.num_experts}). Lower "
                 "top_k or add experts."
             )
+        if self.dense_training and not self.top_k:
+            raise ValueError("dense_training is set, but top_k keeps all experts anyway. Set top_k, or drop it.")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout is {self.lora_dropout}, but must lie in [0, 1).")
         if self.balance_coefficient < 0:
@@ -42,6 +48,7 @@ class MixtureConfig:
         return MoELoraConfig(
             num_experts=self.num_experts,
             top_k=self.top_k or None,
+            router_selection="hybrid" if self.dense_training else None,
             r=self.lora_r,
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
@@ -66,9 +73,9 @@ def add_lora_of_size(base: nn.Module, num_parameters: int, config: MixtureConfig
         config: the mixture; the LoRA has its targets, its dropout and its alpha / r.
     """
     of_rank_one = sum(
-        module.in_features + module.out_features
-        for name, module in base.named_modules()
-        if isinstance(module, nn.Linear) and module is not base.get_output_embeddings()
+        sum((module.in_features, module.out_features) if isinstance(module, nn.Linear) else module.weight.shape)
+        for module in base.modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not base.get_output_embeddings()
     )
     rank = max(1, round(num_parameters / of_rank_one))
     return get_peft_model(

@@ -8,11 +8,22 @@ model, tokenizer = load_base_model("owner/name")       # anything transformers c
 import difflib
 import re
 from pathlib import Path
+from typing import Literal
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from dylo_moe.smollm2 import smollm2_folder
+
+Quantization = Literal["none", "8bit", "4bit"]
+
+FOUR_BIT_BLOCK = 64  # weights that share a scale in bitsandbytes' 4-bit formats
 
 COMMITTED = "base"
 SMOLLM2 = "smollm2-135m"
@@ -58,7 +69,7 @@ def resolve_model_name(name: str | Path = COMMITTED) -> str:
 
 
 def load_base_model(
-    name: str | Path = COMMITTED, *, dtype: torch.dtype | str | None = None
+    name: str | Path = COMMITTED, *, dtype: torch.dtype | str | None = None, quant: Quantization = "none"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer by name; see `resolve_model_name`.
 
@@ -66,6 +77,8 @@ def load_base_model(
         name: which model.
         dtype: of the weights; None takes float32 without a GPU (most CPUs are slow in bf16) and what the checkpoint
             is stored in with one ("auto").
+        quant: hold the linear layers in 8 bits (LLM.int8, Dettmers et al. 2022, arXiv:2208.07339) or 4 bits (NF4,
+            Dettmers et al. 2023, arXiv:2305.14314), both by bitsandbytes, for training adapters on top of them.
 
     Returns:
         The model, in eval mode on the CPU, and its tokenizer, with a padding token.
@@ -76,7 +89,31 @@ def load_base_model(
     tokenizer = AutoTokenizer.from_pretrained(where)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return AutoModelForCausalLM.from_pretrained(where, dtype=dtype), tokenizer
+    model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, quantization_config=_format(quant))
+    if quant == "4bit" and not torch.cuda.is_available():
+        _check_four_bits_on_cpu(model)
+    return model, tokenizer
+
+
+def _check_four_bits_on_cpu(model: PreTrainedModel) -> None:
+    """Refuse what the CPU kernel of bitsandbytes would fail at in the middle of a forward pass."""
+    for name, module in model.named_modules():
+        if type(module).__name__ == "Linear4bit" and module.in_features % FOUR_BIT_BLOCK:
+            raise ValueError(
+                "quant is 4bit, but on a CPU bitsandbytes multiplies 4-bit weights only where a layer's input has "
+                f"a multiple of {FOUR_BIT_BLOCK} numbers, and that of {name} has {module.in_features}. Use --quant "
+                "8bit, or a GPU."
+            )
+
+
+def _format(quant: Quantization) -> BitsAndBytesConfig | None:
+    if quant == "none":
+        return None
+    if quant == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="bfloat16"
+    )
 
 
 def _model_folder(folder: Path) -> str:

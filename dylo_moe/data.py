@@ -223,6 +223,7 @@ def _as_document(row: dict[str, Any], text_column: str | None, where: str) -> di
     """The row as a document: `text`, and beside it `messages` or `prompt` and `response` where the row has them."""
     document: dict[str, Any] = {}
     if row.get("messages"):
+        check_messages(row["messages"], where)
         document["messages"] = row["messages"]
         document["text"] = "\n".join(str(message["content"]) for message in row["messages"])
     for prompt, response in PROMPT_COLUMNS:
@@ -239,6 +240,24 @@ def _as_document(row: dict[str, Any], text_column: str | None, where: str) -> di
             "Name the one that holds the text with text_column."
         )
     return document
+
+
+def check_messages(messages: Any, where: str) -> None:
+    """Refuse what is no list of messages with a role and a content each.
+
+    Args:
+        messages: what a row holds in its column `messages`.
+        where: the row, for the error.
+    """
+    if not isinstance(messages, list):
+        raise ValueError(f"{where} holds a {type(messages).__name__} as messages, but must hold a list of them.")
+    for place, message in enumerate(messages, start=1):
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            held = ", ".join(map(str, message)) if isinstance(message, dict) else type(message).__name__
+            raise ValueError(
+                f"{where}: message {place} holds {held}, but must hold a role and a content. "
+                'Write {"role": "user", "content": "..."}.'
+            )
 
 
 def _joined(prompt: str, response: str) -> str:

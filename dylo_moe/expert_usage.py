@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from dylo_moe.batches import batches_of
+
 BLOCK = re.compile(r"\.(\d+)(\.|$)")
 
 
@@ -20,7 +22,7 @@ def usage_by_block(model, blocks: Dataset, *, batch_size: int = 8) -> np.ndarray
 
     Args:
         model: a PeftModel with an attached router.
-        blocks: rows of `input_ids` and `attention_mask`.
+        blocks: rows as `dylo_moe.batches.collate` takes them, all of one kind.
         batch_size: rows at once.
 
     Returns:
@@ -30,8 +32,9 @@ def usage_by_block(model, blocks: Dataset, *, batch_size: int = 8) -> np.ndarray
     model.eval()
     assigned: dict[int, np.ndarray] = {}
     try:
-        for batch in blocks.with_format("torch").iter(batch_size=batch_size):
-            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], logits_to_keep=1)
+        for batch in batches_of(blocks, batch_size, model.device):
+            batch.pop("labels", None)  # the loss is not wanted, and `logits_to_keep` leaves it without logits
+            model(**batch, logits_to_keep=1)
             for site, measured in model.routing_summary().items():
                 found = BLOCK.search(site)
                 usage_E = np.array(list(measured["usage"].values())) * measured["tokens"]

@@ -1,12 +1,11 @@
 """A mixture against one LoRA of the same size, on several domains: train both, measure, draw, and say where it lies.
 
-    results = run(MixtureConfig(), TrainingConfig(), RunConfig(output_dir="runs/first"))
+    results = run(MixtureConfig(), DataConfig(), TrainingConfig(), RunConfig(output_dir="runs/first"))
 
 What is on disk is not made again: a run that was broken off continues where it was when started with the same
 settings.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -15,21 +14,28 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, concatenate_datasets
-from peft import AutoPeftModelForCausalLM, PeftModel
+from peft import PeftModel, prepare_model_for_kbit_training
 from transformers import set_seed
 
+from dylo_moe import data_report
 from dylo_moe.adapters import MixtureConfig, add_lora_of_size, add_mixture, num_trained
-from dylo_moe.base_model import load_base_model
+from dylo_moe.base_model import Quantization, load_base_model
+from dylo_moe.batches import TurnTakingSampler, collate
+from dylo_moe.checkpoints import checkpoints, is_complete, write_json
 from dylo_moe.data import load_documents
 from dylo_moe.expert_usage import draw_usage, usage_by_block
-from dylo_moe.packing import pack_documents
+from dylo_moe.packing import keeps_documents_apart
 from dylo_moe.perplexity import measure_blocks
 from dylo_moe.throughput import tokens_per_second
-from dylo_moe.training import TrainingConfig, is_trained, train_adapter
+from dylo_moe.training import CHECKPOINTS, TrainingConfig, is_trained, train_adapter
+from dylo_moe.training_data import DataConfig, PreparedData, prepare
 
 logger = logging.getLogger(__name__)
 
 SETTINGS, RESULTS, PICTURE = "settings.json", "results.json", "usage.png"
+MIXTURE, LORA = "mixture", "lora"
+# Settings that change nothing in what a run computes, so that it may be continued with others.
+FREE_SETTINGS = ("resume_from_checkpoint", "data_prep_only", "report_to", "eval_batch_size")
 
 
 @dataclass(kw_only=True)
@@ -39,77 +45,118 @@ class RunConfig:
     model_name: str = field(
         default="base", metadata={"help": "Base model: base (committed), smollm2-135m, a folder, or a hub name."}
     )
-    datasets: str = field(
-        default="prose,code,math",
-        metadata={"help": "Domains, comma separated: prose, code, math, files, folders or hub datasets."},
+    quant: Quantization = field(
+        default="none", metadata={"help": "Hold the frozen base in 8 or 4 bits (bitsandbytes) and train on top of it."}
     )
-    output_dir: str = field(default="runs/first", metadata={"help": "Folder of the adapters and the results."})
-    eval_blocks: int = field(default=64, metadata={"help": "Held-out blocks of each domain that are measured."})
+    output_dir: str = field(default="runs/mixture", metadata={"help": "Folder of the adapters and the results."})
+    compare: bool = field(
+        default=True, metadata={"help": "Also train one LoRA of as many parameters, to compare the mixture with."}
+    )
+    resume_from_checkpoint: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Continue the run in output_dir: refuse if there is none; false: begin anew; by default continue "
+            "if there is one."
+        },
+    )
+    data_prep_only: bool = field(
+        default=False, metadata={"help": "Print what the datasets hold and exit; nothing is written."}
+    )
 
-    def __post_init__(self) -> None:
-        if not self.domains:
-            raise ValueError("datasets names no dataset. Give at least one, e.g. --datasets prose,code.")
-        if len(set(self.domains)) != len(self.domains):
-            raise ValueError(f"datasets names one twice: {self.datasets}. Give each once.")
-        if self.eval_blocks < 1:
-            raise ValueError(f"eval_blocks is {self.eval_blocks}, but must be at least 1.")
 
-    @property
-    def domains(self) -> list[str]:
-        return [name.strip() for name in self.datasets.split(",") if name.strip()]
+def run(mixture: MixtureConfig, data: DataConfig, training: TrainingConfig, config: RunConfig) -> dict:
+    """Train, measure and draw.
 
+    Under `accelerate launch` all processes train together; the first one alone writes, measures and draws.
 
-def run(mixture: MixtureConfig, training: TrainingConfig, config: RunConfig) -> dict:
-    """Train, measure and draw; returns what `results.json` holds.
+    Returns:
+        What `results.json` holds; in the other processes an empty dict.
 
     Raises:
-        ValueError: the output folder holds a run with other settings.
+        ValueError: an option or the data cannot be used, the output folder holds a run with other settings, or
+            `resume_from_checkpoint` finds nothing to continue. Nothing has been written then.
+        FileNotFoundError: a file, a folder or a model is not there.
     """
     output = Path(config.output_dir)
-    settings = {"mixture": asdict(mixture), "training": asdict(training), "run": asdict(config)}
+    settings = {
+        "mixture": asdict(mixture),
+        "data": asdict(data),
+        "training": asdict(training),
+        "run": asdict(config),
+    }
     _refuse_other_settings(output, settings)
-    base, tokenizer = load_base_model(config.model_name)
-    logger.info("reading %s", ", ".join(config.domains))
-    train_blocks, held_out = _read(config, training, tokenizer)
-    output.mkdir(parents=True, exist_ok=True)
-    _write(output / SETTINGS, settings)
+    _refuse_to_continue_nothing(output, config)
+    base, tokenizer = _load_base(config, training)
+    apart = _documents_kept_apart(base, data)
+    logger.info("reading %s", ", ".join(data.domains))
+    parts = [_read_for_training(name, data, training, tokenizer, apart) for name in data.domains]
+    held_out = {
+        name: prepare(name, "test", tokenizer, data, seed=training.seed, apart=apart, max_rows=data.eval_blocks).rows
+        for name in data.domains
+    }
+    rows, sampler = _in_one(parts, data, training)
+    validation = _read_validation(parts, data, training, tokenizer, apart)
+    if is_first_process():
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / SETTINGS, settings)
 
-    mixture_folder, lora_folder = output / "mixture", output / "lora"
+    def train(model, name: str, described: str) -> int:
+        """Train an adapter unless it is trained already; returns the number of its parameters."""
+        size, folder = num_trained(model), output / name
+        if is_trained(folder) and config.resume_from_checkpoint is not False:
+            logger.info("the %s in %s is trained already", described, folder)
+        else:
+            logger.info("training %s (%s parameters)", described, f"{size:,}")
+            train_adapter(
+                model,
+                rows,
+                training,
+                folder,
+                sampler=sampler,
+                validation=validation,
+                resume=config.resume_from_checkpoint is not False,
+                base_name=config.model_name,
+            )
+        return size
+
     set_seed(training.seed)
     model = add_mixture(base, mixture)
-    size = num_trained(model)
-    if is_trained(mixture_folder):
-        logger.info("the mixture in %s is trained already", mixture_folder)
-    else:
-        logger.info("training a mixture of %d experts (%s parameters)", mixture.num_experts, f"{size:,}")
-        train_adapter(model, train_blocks, training, mixture_folder)
-
-    base, _ = load_base_model(config.model_name)
-    set_seed(training.seed)
-    lora = add_lora_of_size(base, size, mixture)
-    lora_size = num_trained(lora)
-    if is_trained(lora_folder):
-        logger.info("the LoRA in %s is trained already", lora_folder)
-    else:
-        logger.info("training one LoRA of rank %d (%s parameters)", lora.peft_config["default"].r, f"{lora_size:,}")
-        train_adapter(lora, train_blocks, training, lora_folder)
+    sizes = {MIXTURE: train(model, MIXTURE, f"mixture of {mixture.num_experts} experts")}
+    if config.compare:
+        base, _ = _load_base(config, training)
+        set_seed(training.seed)
+        lora = add_lora_of_size(base, sizes[MIXTURE], mixture)
+        sizes[LORA] = train(lora, LORA, f"one LoRA of rank {lora.peft_config['default'].r}")
+    if not is_first_process():
+        return {}
 
     logger.info("measuring what was saved, on held-out text")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    lora = PeftModel.from_pretrained(load_base_model(config.model_name)[0], lora_folder).to(device)
-    model = AutoPeftModelForCausalLM.from_pretrained(mixture_folder, dtype=base.dtype).to(device)
+    saved = {name: _load_saved(output / name, config) for name in sizes}
+    model = saved[MIXTURE]
     results = {
         "settings": settings,
-        "trained_parameters": {"lora": lora_size, "mixture": size},
-        "perplexity": _perplexities(model, lora, held_out, training),
-        "tokens_per_second": _speeds(model, next(iter(held_out.values())), training),
+        "trained_parameters": sizes,
+        "perplexity": _perplexities(saved, held_out, training),
+        "tokens_per_second": _speeds(model, next(iter(held_out.values()))),
     }
-    usage = {domain: usage_by_block(model, blocks) for domain, blocks in held_out.items()}
-    results["usage"] = {domain: usage_LE.tolist() for domain, usage_LE in usage.items()}
-    results["continuations"] = _continuations(model, tokenizer, config)
+    usage = {name: usage_by_block(model, blocks) for name, blocks in held_out.items()}
+    results["usage"] = {name: usage_LE.tolist() for name, usage_LE in usage.items()}
+    results["continuations"] = _continuations(model, tokenizer, data)
     draw_usage(usage, model.mixture_config.expert_names, output / PICTURE)
-    _write(output / RESULTS, results)
+    write_json(output / RESULTS, results)
     return results
+
+
+def report_data(data: DataConfig, training: TrainingConfig, config: RunConfig) -> str:
+    """What the datasets hold, as a table; nothing is trained and nothing written."""
+    base, tokenizer = load_base_model(config.model_name)
+    apart = _documents_kept_apart(base, data)
+    return data_report.as_text(data_report.count_data(data, tokenizer, seed=training.seed, apart=apart), data)
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that writes, of those that torchrun or accelerate started together."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def as_text(results: dict, output: Path) -> str:
@@ -119,8 +166,10 @@ def as_text(results: dict, output: Path) -> str:
     domains = list(perplexity["base"])
     lines = ["", "Held-out perplexity (lower is better) and trained parameters", ""]
     lines.append(_row("", [*(Path(domain).name for domain in domains), "parameters"]))
-    names = {"base": "base", "lora": "one LoRA", "mixture": "mixture"}
+    names = {"base": "base", LORA: "one LoRA", MIXTURE: "mixture"}
     for key, name in names.items():
+        if key not in perplexity:
+            continue
         lines.append(_row(name, [f"{perplexity[key][domain]:.2f}" for domain in domains] + [f"{sizes[key]:,}"]))
     experts = len(next(iter(results["usage"].values()))[0])
     lines += ["", "Share of each domain's tokens by expert, mean over the blocks", ""]
@@ -138,20 +187,39 @@ def as_text(results: dict, output: Path) -> str:
     lines += ["", "Continuations by the saved mixture, reloaded", ""]
     for domain, (prompt, continuation) in results["continuations"].items():
         lines.append(f"{Path(domain).name}:{prompt} ->{_one_line(continuation)}")
-    lines += ["", f"adapter   {output / 'mixture'}", f"results   {output / RESULTS}", f"picture   {output / PICTURE}"]
+    lines += ["", f"adapter   {output / MIXTURE}", f"results   {output / RESULTS}", f"picture   {output / PICTURE}"]
     return "\n".join(lines)
+
+
+def _load_base(config: RunConfig, training: TrainingConfig):
+    base, tokenizer = load_base_model(config.model_name, quant=config.quant)
+    if config.quant != "none":
+        base = prepare_model_for_kbit_training(
+            base,
+            use_gradient_checkpointing=training.gradient_checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+        )
+    return base, tokenizer
+
+
+def _load_saved(folder: Path, config: RunConfig) -> PeftModel:
+    base, _ = load_base_model(config.model_name, quant=config.quant)
+    model = PeftModel.from_pretrained(base, folder)
+    if config.quant == "none" and torch.cuda.is_available():
+        model = model.to("cuda")
+    return model
 
 
 def _refuse_other_settings(output: Path, settings: dict) -> None:
     file = output / SETTINGS
     if not file.exists():
         return
-    held = json.loads(file.read_text())
+    held = json.loads(file.read_text(encoding="utf-8"))
     differs = [
-        f"{name} ({held[part].get(name)} there, {value} asked for)"
+        f"{name} ({held.get(part, {}).get(name)} there, {value} asked for)"
         for part, values in settings.items()
         for name, value in values.items()
-        if held[part].get(name) != value
+        if name not in FREE_SETTINGS and held.get(part, {}).get(name) != value
     ]
     if differs:
         raise ValueError(
@@ -160,48 +228,100 @@ def _refuse_other_settings(output: Path, settings: dict) -> None:
         )
 
 
-def _read(config: RunConfig, training: TrainingConfig, tokenizer) -> tuple[Dataset, dict[str, Dataset]]:
-    """Training blocks, the same number of each domain and shuffled, and the held-out blocks of each domain."""
-    needed = -(-training.num_steps * training.train_batch_size // len(config.domains))
-    parts, held_out = [], {}
-    for domain in config.domains:
-        parts.append(_blocks(domain, "train", tokenizer, training, needed))
-        held_out[domain] = _blocks(domain, "test", tokenizer, training, config.eval_blocks)
-    return concatenate_datasets(parts).shuffle(seed=training.seed), held_out
+def _refuse_to_continue_nothing(output: Path, config: RunConfig) -> None:
+    if not config.resume_from_checkpoint:
+        return
+    folders = (output / MIXTURE, output / LORA)
+    if not any(is_trained(folder) or any(map(is_complete, checkpoints(folder / CHECKPOINTS))) for folder in folders):
+        raise ValueError(
+            f"resume_from_checkpoint is set, but {output} holds no whole checkpoint of a run to continue. Check "
+            "--output_dir, or start without --resume_from_checkpoint."
+        )
 
 
-def _blocks(domain: str, split: str, tokenizer, training: TrainingConfig, count: int) -> Dataset:
-    documents = load_documents(domain, split)
-    order = sorted(range(len(documents)), key=lambda i: hashlib.sha256(f"{training.seed} {i}".encode()).digest())
-    texts, characters = [], 0
-    for index in order:  # reading on until there is surely enough: a token is at most so many characters on average
-        texts.append(documents[index]["text"])
-        characters += len(texts[-1])
-        if characters > count * training.max_seq_length * 8:
-            break
-    blocks = pack_documents(texts, tokenizer, block_size=training.max_seq_length, keep_remainder=len(texts) < 2)
-    return blocks.select(range(min(count, len(blocks))))
+def _documents_kept_apart(base, data: DataConfig) -> bool:
+    if not data.separate_documents:
+        return False
+    apart = keeps_documents_apart(base)
+    if not apart:
+        logger.warning(
+            "%s cannot keep the documents of one row apart; tokens see across their borders", type(base).__name__
+        )
+    return apart
 
 
-def _perplexities(model, lora, held_out: dict[str, Dataset], training: TrainingConfig) -> dict[str, dict[str, float]]:
-    measured: dict[str, dict[str, float]] = {"base": {}, "lora": {}, "mixture": {}}
+def _read_for_training(name: str, data: DataConfig, training: TrainingConfig, tokenizer, apart: bool) -> PreparedData:
+    """With a number of steps, the datasets give the same number of rows each, and no more than the steps need."""
+    needed = None
+    if training.num_steps is not None:
+        needed = -(-training.num_steps * _rows_of_a_step(training) // len(data.domains))
+    return prepare(name, "train", tokenizer, data, seed=training.seed, apart=apart, max_rows=needed)
+
+
+def _rows_of_a_step(training: TrainingConfig) -> int:
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    return training.train_batch_size * training.gradient_accumulation_steps * processes
+
+
+def _in_one(
+    parts: list[PreparedData], data: DataConfig, training: TrainingConfig
+) -> tuple[Dataset, TurnTakingSampler | None]:
+    """The rows of all datasets, and the order in which they are read where a plain shuffle will not do."""
+    rows = concatenate_datasets([part.rows for part in parts])
+    kinds = [int("position_ids" in part.rows.column_names) for part in parts for _ in range(len(part.rows))]
+    if len(set(kinds)) == 1 and not data.interleaved_sampling:
+        return rows.shuffle(seed=training.seed), None
+    sources = [source for source, part in enumerate(parts) for _ in range(len(part.rows))]
+    sampler = TurnTakingSampler(
+        kinds,
+        sources,
+        batch_size=_rows_of_a_step(training),
+        interleaved=data.interleaved_sampling,
+        seed=training.seed,
+    )
+    return rows, sampler
+
+
+def _read_validation(
+    parts: list[PreparedData], data: DataConfig, training: TrainingConfig, tokenizer, apart: bool
+) -> Dataset | None:
+    """What early stopping watches. Its batches follow one another in order, so all rows must be of one kind."""
+    if training.early_stopping_patience is None:
+        return None
+    apart = apart and not any(part.instruction for part in parts)
+    return concatenate_datasets(
+        [
+            prepare(
+                name, "validation", tokenizer, data, seed=training.seed, apart=apart, max_rows=data.eval_blocks
+            ).rows
+            for name in data.domains
+        ]
+    )
+
+
+def _perplexities(
+    saved: dict[str, PeftModel], held_out: dict[str, Dataset], training: TrainingConfig
+) -> dict[str, dict[str, float]]:
+    measured: dict[str, dict[str, float]] = {"base": {}, **{name: {} for name in saved}}
     for domain, blocks in held_out.items():
-        with model.disable_adapter():
-            measured["base"][domain] = measure_blocks(model, blocks).perplexity
-        measured["lora"][domain] = measure_blocks(lora, blocks).perplexity
-        measured["mixture"][domain] = measure_blocks(model, blocks).perplexity
+        with saved[MIXTURE].disable_adapter():
+            base = measure_blocks(saved[MIXTURE], blocks, batch_size=training.eval_batch_size)
+        measured["base"][domain] = base.perplexity
+        for name, model in saved.items():
+            found = measure_blocks(model, blocks, batch_size=training.eval_batch_size)
+            measured[name][domain] = found.perplexity
     return measured
 
 
-def _speeds(model, blocks: Dataset, training: TrainingConfig) -> dict[str, float]:
-    rows = blocks.select(range(min(8, len(blocks)))).with_format("torch")
-    return tokens_per_second(model, model.mixture_config.expert_names, rows["input_ids"][:].to(model.device))
+def _speeds(model, blocks: Dataset) -> dict[str, float]:
+    batch = collate(list(blocks.select(range(min(8, len(blocks))))))
+    return tokens_per_second(model, model.mixture_config.expert_names, batch["input_ids"].to(model.device))
 
 
-def _continuations(model, tokenizer, config: RunConfig) -> dict[str, tuple[str, str]]:
+def _continuations(model, tokenizer, data: DataConfig) -> dict[str, tuple[str, str]]:
     continued = {}
-    for domain in config.domains:
-        words = load_documents(domain, "test")[0]["text"].split(" ")
+    for domain in data.domains:
+        words = load_documents(domain, "test", text_column=data.text_column)[0]["text"].split(" ")
         prompt = tokenizer(" ".join(words[:16]), return_tensors="pt", add_special_tokens=False)["input_ids"][:, :48]
         prompt = prompt.to(model.device)
         with torch.no_grad():
@@ -223,9 +343,3 @@ def _one_line(text: str) -> str:
 
 def _row(name: str, cells: list[str]) -> str:
     return f"{name:<20}" + "".join(f"{cell:>14}" for cell in cells)
-
-
-def _write(path: Path, content: dict) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2))
-    os.replace(partial, path)

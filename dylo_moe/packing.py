@@ -1,11 +1,17 @@
 """Cut documents into blocks of one length, for language-model training and evaluation.
 
-Shape letters: N blocks, L tokens in a block.
+A block may hold the end of one document and the start of the next. Kept apart, a token sees its own document alone:
+`position_ids` start again at 0 with each document, and transformers makes a block-diagonal attention mask of that when
+neither an attention mask nor a cache is given (eager, sdpa and flash attention). Whether a model does so is tried out,
+not looked up.
+
+Shape letters: N blocks, L tokens in a block, V vocabulary.
 """
 
 from collections.abc import Iterable
 
 import numpy as np
+import torch
 from datasets import Dataset
 
 IGNORED_LABEL = -100  # what transformers' losses leave out
@@ -50,6 +56,70 @@ def pack_documents(texts: Iterable[str], tokenizer, *, block_size: int, keep_rem
     return Dataset.from_dict(
         {"input_ids": list(input_ids_NL), "attention_mask": list(attention_mask_NL), "labels": list(labels_NL)}
     )
+
+
+def pack_apart(texts: Iterable[str], tokenizer, *, block_size: int, keep_remainder: bool = False) -> Dataset:
+    """As `pack_documents`, but no token sees another document than its own.
+
+    There is no attention mask, because with one transformers does not look at the positions; padding would then be
+    counted by a router's losses, so the last, shorter block is dropped unless it is asked for (for measuring). Call
+    the model with `use_cache=False`, as `dylo_moe.batches.collate` says to.
+
+    Args:
+        texts, tokenizer, block_size: as in `pack_documents`.
+        keep_remainder: pad the last, shorter block on the right.
+
+    Returns:
+        N rows of `input_ids`, `position_ids` and `labels`, each L long. The label of a document's first token is -100
+        too: nothing that it may see predicts it. A document cut by the end of a block starts anew in the next one.
+    """
+    blocks = pack_documents(texts, tokenizer, block_size=block_size, keep_remainder=keep_remainder)
+    if len(blocks) == 0:
+        return Dataset.from_dict({"input_ids": [], "position_ids": [], "labels": []})
+    held = blocks.with_format("numpy")[:]
+    input_ids_NL, labels_NL = held["input_ids"], held["labels"]
+    starts_NL = np.zeros(input_ids_NL.shape, dtype=bool)
+    starts_NL[:, 0] = True
+    starts_NL[:, 1:] = input_ids_NL[:, :-1] == tokenizer.eos_token_id
+    places_L = np.arange(input_ids_NL.shape[1])
+    position_ids_NL = places_L - np.maximum.accumulate(np.where(starts_NL, places_L, 0), axis=1)
+    labels_NL = np.where(starts_NL, IGNORED_LABEL, labels_NL)
+    return Dataset.from_dict(
+        {"input_ids": list(input_ids_NL), "position_ids": list(position_ids_NL), "labels": list(labels_NL)}
+    )
+
+
+@torch.no_grad()
+def keeps_documents_apart(model) -> bool:
+    """Whether positions that start again keep this model's attention inside a document.
+
+    Two documents stand in one row; the first is changed, and the second must not notice. A model without positions, or
+    with a state that runs through the row, does notice.
+
+    Args:
+        model: a causal language model of transformers; its mode is kept.
+    """
+    half = 8
+    device = next(model.parameters()).device
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    row_L = torch.arange(2 * half, device=device) % vocabulary
+    other_L = torch.cat([(row_L[:half] + vocabulary // 2) % vocabulary, row_L[half:]])
+    positions_L = torch.arange(half, device=device).repeat(2)
+    was_training = model.training
+    model.eval()
+    try:
+        # Row by row: a batch of two could differ by rounding alone.
+        first_LV, second_LV = (
+            model(input_ids=tokens_L[None], position_ids=positions_L[None], use_cache=False).logits[0].float()
+            for tokens_L in (row_L, other_L)
+        )
+    except TypeError:  # a forward without position_ids
+        return False
+    finally:
+        model.train(was_training)
+    change_L = (first_LV - second_LV).abs().amax(dim=-1)
+    # Not zero: 8-bit layers pick their outlier columns by all tokens of a row.
+    return bool(change_L[half:].max() <= 0.01 * change_L[:half].max())
 
 
 def token_stream(texts: Iterable[str], tokenizer) -> np.ndarray:

@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset
 from torch.nn.functional import cross_entropy
 
+from dylo_moe.batches import batches_of
 from dylo_moe.packing import IGNORED_LABEL, pack_documents
 
 
@@ -72,7 +73,7 @@ def measure_blocks(model, blocks: Dataset, *, batch_size: int = 8) -> HeldOutLos
 
     Args:
         model: any causal language model of transformers, with or without PEFT adapters.
-        blocks: rows of `input_ids`, `attention_mask` and `labels` of equal length; labels of -100 do not count.
+        blocks: rows as `dylo_moe.batches.collate` takes them, all of one kind; labels of -100 do not count.
         batch_size: blocks at once.
 
     Raises:
@@ -83,10 +84,9 @@ def measure_blocks(model, blocks: Dataset, *, batch_size: int = 8) -> HeldOutLos
     model.eval()
     total_nll, num_tokens = 0.0, 0
     try:
-        for batch in blocks.with_format("torch").iter(batch_size=batch_size):
-            batch = {name: batch[name].to(device) for name in ("input_ids", "attention_mask", "labels")}
-            logits_BLV = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-            labels_BL = batch["labels"][:, 1:]
+        for batch in batches_of(blocks, batch_size, device):
+            labels_BL = batch.pop("labels")[:, 1:]
+            logits_BLV = model(**batch).logits
             # fp32: a log-softmax in bf16 is off by more than the differences one wants to see.
             nll = cross_entropy(
                 logits_BLV[:, :-1].float().flatten(0, 1),

@@ -24,6 +24,7 @@ from peft import MoELoraConfig, get_peft_model
 from peft.tuners.lora import moe_layer
 from peft.tuners.lora.moe_path import sparse_pays
 from peft.tuners.lora.moe_product import NORM_EPSILON, add_sparse, add_stacked, project
+from peft.tuners.lora.moe_selection import select_experts
 
 
 class Case:
@@ -333,6 +334,26 @@ def test_a_gate_scored_with_its_experts_gives_what_a_gate_called_by_itself_gives
     for handle in handles:
         handle.remove()
     torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-6)  # float32, in another order
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_gate_stays_float32_where_its_experts_are_bfloat16(autocast):
+    model = routed_model(16, top_k=2).eval()
+    model = model if autocast else model.to(torch.bfloat16)
+    for gate in model.base_model.moe_router.gates.values():
+        gate.float()
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    seen = {}
+    layer.register_forward_hook(lambda module, args, output: seen.update(x=args[0]))
+    with torch.no_grad(), torch.autocast("cpu", enabled=autocast), model.record_routing() as recorded:
+        model(input_ids=torch.arange(48).reshape(2, 24))
+    site = layer.routing_port.site
+    gate = model.base_model.moe_router.gates[site.replace(".", "/")]
+    x = seen["x"].float()
+    scores = (x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + NORM_EPSILON)) @ gate.weight.t()
+    expected = select_experts(scores, selection="top_k", top_k=2).weights
+    torch.testing.assert_close(recorded[site][0], expected, rtol=0, atol=1e-2 if seen["x"].dtype != x.dtype else 1e-5)
+    assert torch.equal(recorded[site][0] > 0, expected > 0)
 
 
 def test_one_product_serves_experts_and_gate():

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from dylo_moe.adapters import MixtureConfig, add_lora_of_size, add_mixture, num_trained
 
@@ -48,6 +48,20 @@ def test_the_lora_scales_its_update_as_an_expert_does():
 )
 def test_each_option_reaches_the_config_of_the_mixture(option, value, read):
     assert read(MixtureConfig(**{option: value}).peft_config()) == value
+
+
+def test_dense_training_weighs_all_experts_while_training_and_top_k_in_use():
+    config = MixtureConfig(num_experts=4, top_k=1, dense_training=True).peft_config().router_config()
+    assert (config.selection, config.top_k) == ("hybrid", 1)
+    with pytest.raises(ValueError, match="dense_training is set, but top_k keeps all experts anyway"):
+        MixtureConfig(top_k=0, dense_training=True)
+
+
+def test_the_layers_of_gpt2_count_too():
+    shape = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 40}
+    lora = add_lora_of_size(GPT2LMHeadModel(GPT2Config(**shape)), 3000, MixtureConfig())
+    rank = lora.peft_config["default"].r
+    assert abs(num_trained(lora) - 3000) <= num_trained(lora) / rank / 2
 
 
 def test_a_top_k_of_zero_keeps_all_experts():

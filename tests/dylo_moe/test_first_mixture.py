@@ -5,71 +5,17 @@ import json
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import train
 from dylo_moe import first_mixture
-from dylo_moe.base_model import load_base_model
-
-TEXTS = {
-    "rain": "rain falls on the hills and runs to the sea again and again",
-    "code": "def f(x):\n    return x + 1  # one more, and one more",
-}
+from dylo_moe.training import TrainingConfig
 
 
 @pytest.fixture(scope="module")
-def base_folder(tmp_path_factory):
-    """A random model of the committed tokenizer's vocabulary: quick, and good enough to run through."""
-    folder = tmp_path_factory.mktemp("base")
-    _, tokenizer = load_base_model()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=len(tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    for name, text in TEXTS.items():
-        for split, count in {"train": 60, "validation": 6, "test": 6}.items():
-            (folder / name).mkdir(exist_ok=True)
-            rows = [json.dumps({"text": f"{split} {i} {text}"}) for i in range(count)]
-            (folder / name / f"{split}.jsonl").write_text("\n".join(rows))
-    return ",".join(str(folder / name) for name in TEXTS)
-
-
-def options(base_folder, sources, output, **changed) -> list[str]:
-    chosen = {
-        "model_name": base_folder,
-        "datasets": sources,
-        "output_dir": output,
-        "num_experts": 3,
-        "lora_r": 2,
-        "num_steps": 4,
-        "train_batch_size": 2,
-        "max_seq_length": 16,
-        "save_steps": 2,
-        "eval_blocks": 3,
-        **changed,
-    }
-    return [part for name, value in chosen.items() for part in (f"--{name}", str(value))]
-
-
-@pytest.fixture(scope="module")
-def finished(base_folder, sources, tmp_path_factory):
+def finished(tiny_options, tmp_path_factory):
     output = tmp_path_factory.mktemp("run")
-    assert train.main(options(base_folder, sources, output)) == 0
+    assert train.main(tiny_options(output)) == 0
     return output
 
 
@@ -105,13 +51,13 @@ def test_the_table_names_every_domain_and_where_everything_lies(finished):
         assert expected in text
 
 
-def test_a_finished_run_is_not_trained_again(finished, base_folder, sources, monkeypatch):
+def test_a_finished_run_is_not_trained_again(finished, tiny_options, monkeypatch):
     monkeypatch.setattr(first_mixture, "train_adapter", lambda *args: pytest.fail("trained again"))
-    assert train.main(options(base_folder, sources, finished)) == 0
+    assert train.main(tiny_options(finished)) == 0
 
 
 def test_a_broken_run_continues_from_its_checkpoint_and_ends_the_same(
-    finished, base_folder, sources, tmp_path, monkeypatch
+    finished, tiny_options, tmp_path, monkeypatch, capsys
 ):
     from transformers import Trainer
 
@@ -124,46 +70,86 @@ def test_a_broken_run_continues_from_its_checkpoint_and_ends_the_same(
         return step(self, *args, **kwargs)
 
     monkeypatch.setattr(Trainer, "training_step", breaks_at_the_fourth)
-    with pytest.raises(KeyboardInterrupt):
-        train.main(options(base_folder, sources, tmp_path))
+    assert train.main(tiny_options(tmp_path)) == 130
+    assert f"lies in {tmp_path}; the same command continues there" in capsys.readouterr().err
     assert calls == [0, 1, 2, 3]
-    assert train.main(options(base_folder, sources, tmp_path)) == 0
+    assert train.main(tiny_options(tmp_path)) == 0
     assert calls[4] == 2  # the checkpoint of step 2
     whole, continued = (json.loads((run / "results.json").read_text()) for run in (finished, tmp_path))
     assert continued["perplexity"] == whole["perplexity"]
 
 
-def test_other_settings_in_the_same_folder_are_refused_and_named(finished, base_folder, sources, capsys):
+def test_other_settings_in_the_same_folder_are_refused_and_named(finished, tiny_options, capsys):
     with pytest.raises(SystemExit) as stopped:
-        train.main(options(base_folder, sources, finished, lora_r=3))
+        train.main(tiny_options(finished, lora_r=3))
     assert stopped.value.code == 2
     assert "lora_r (2 there, 3 asked for)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("option", "value", "message"),
-    [
-        ("num_experts", 0, "num_experts is 0"),
-        ("datasets", "proze", "Unknown dataset 'proze'. Closest: 'prose'"),
-        ("datasets", ",", "names no dataset"),
-        ("model_name", "no/such/folder/here", "There is no model folder"),
-        ("num_steps", 0, "num_steps is 0"),
-        ("max_seq_length", 1, "max_seq_length is 1"),
-        ("learning_rate", 0, "learning_rate is 0"),
-        ("eval_blocks", 0, "eval_blocks is 0"),
-    ],
-)
-def test_a_bad_option_is_one_line_and_writes_nothing(base_folder, sources, tmp_path, capsys, option, value, message):
-    output = tmp_path / "run"
-    with pytest.raises(SystemExit) as stopped:
-        train.main(options(base_folder, sources, output, **{option: value}))
-    assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
-    assert not (output / "mixture").exists()
+def test_each_kind_of_row_is_measured_as_it_was_trained(finished, tiny_options, tiny_sources, tiny_chats, tmp_path):
+    mixed = f"{tiny_sources},{tiny_chats}"
+    assert train.main(tiny_options(tmp_path, datasets=mixed, compare=False, max_seq_length=64)) == 0
+    perplexity = json.loads((tmp_path / "results.json").read_text())["perplexity"]
+    assert set(perplexity) == {"base", "mixture"}
+    assert set(perplexity["mixture"]) == set(mixed.split(","))
+    assert all(perplexity["mixture"][name] != perplexity["base"][name] for name in mixed.split(","))
 
 
-def test_help_says_what_the_program_does(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        train.main(["--help"])
-    assert stopped.value.code == 0
-    assert "Train a mixture of LoRA experts" in capsys.readouterr().out
+def test_without_a_comparison_no_lora_is_trained_and_the_table_still_stands(tiny_options, tmp_path):
+    assert train.main(tiny_options(tmp_path, compare=False)) == 0
+    assert not (tmp_path / "lora").exists()
+    text = first_mixture.as_text(json.loads((tmp_path / "results.json").read_text()), tmp_path)
+    assert "one LoRA" not in text
+
+
+def test_documents_are_kept_apart_unless_told_otherwise(tiny_base, caplog):
+    from dylo_moe.base_model import load_base_model
+    from dylo_moe.training_data import DataConfig
+
+    base, _ = load_base_model(tiny_base)
+    assert first_mixture._documents_kept_apart(base, DataConfig())
+    assert not first_mixture._documents_kept_apart(base, DataConfig(separate_documents=False))
+    assert not caplog.records
+
+
+def test_a_base_that_cannot_keep_documents_apart_is_said(monkeypatch, tiny_base, caplog):
+    from dylo_moe.base_model import load_base_model
+    from dylo_moe.training_data import DataConfig
+
+    base, _ = load_base_model(tiny_base)
+    monkeypatch.setattr(first_mixture, "keeps_documents_apart", lambda model: False)
+    assert not first_mixture._documents_kept_apart(base, DataConfig())
+    assert "LlamaForCausalLM cannot keep the documents of one row apart" in caplog.text
+
+
+@pytest.fixture(scope="module")
+def wide_base(tiny_base, tmp_path_factory):
+    """As tiny_base, of a width that the 4-bit kernel for CPUs can multiply."""
+    folder = tmp_path_factory.mktemp("wide_base")
+    config = LlamaConfig.from_pretrained(tiny_base, hidden_size=64, intermediate_size=64, head_dim=16)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_base).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("quant", "layer"), [("8bit", "Linear8bitLt"), ("4bit", "Linear4bit"), ("none", "Linear")])
+def test_the_frozen_base_is_held_in_the_format_that_is_asked_for(wide_base, quant, layer):
+    config = first_mixture.RunConfig(model_name=str(wide_base), quant=quant)
+    base, _ = first_mixture._load_base(config, TrainingConfig())
+    assert type(base.model.layers[0].mlp.up_proj).__name__ == layer
+    assert quant == "none" or not any(parameter.requires_grad for parameter in base.parameters())
+
+
+@pytest.mark.parametrize("quant", ["8bit", "4bit"])
+def test_a_mixture_trains_on_a_quantised_base(tiny_options, wide_base, tmp_path, quant):
+    assert train.main(tiny_options(tmp_path, model_name=wide_base, quant=quant, compare=False)) == 0
+    perplexity = json.loads((tmp_path / "results.json").read_text())["perplexity"]
+    assert all(perplexity["mixture"][name] != perplexity["base"][name] for name in perplexity["base"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel for GPUs multiplies any width")
+def test_a_base_that_four_bits_on_a_cpu_cannot_multiply_is_refused(tiny_options, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train.main(tiny_options(tmp_path / "run", quant="4bit"))
+    assert "multiple of 64 numbers, and that of model.layers.0.self_attn.q_proj has 32" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from dylo_moe.base_model import COMMITTED_FOLDER
-from dylo_moe.packing import IGNORED_LABEL, pack_documents
+from dylo_moe.packing import IGNORED_LABEL, pack_apart, pack_documents
 from dylo_moe.perplexity import measure_blocks, measure_texts
 
 TOKENIZER = AutoTokenizer.from_pretrained(COMMITTED_FOLDER)
@@ -60,6 +60,20 @@ def test_one_whole_block_is_the_models_own_loss(model):
     with torch.no_grad():
         loss = model(input_ids=tokens, labels=tokens).loss.item()
     assert measure_blocks(model, blocks).mean_nll == pytest.approx(loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("block_size", [13, 500])
+def test_documents_kept_apart_are_measured_one_by_one(model, block_size):
+    blocks = pack_apart(TEXTS, TOKENIZER, block_size=block_size, keep_remainder=True)
+    whole = [[*TOKENIZER(text)["input_ids"], TOKENIZER.eos_token_id] for text in TEXTS]
+    if block_size > 400:
+        alone = [{"input_ids": text, "attention_mask": [1] * len(text), "labels": text} for text in whole]
+        total, count = one_token_at_a_time(model, alone)
+        found = measure_blocks(model, blocks)
+        assert found.num_tokens == count
+        assert found.total_nll == pytest.approx(total, rel=1e-5)  # float32 sums
+    else:  # a document that is cut begins anew: fewer tokens are predicted, none twice
+        assert measure_blocks(model, blocks).num_tokens < sum(len(text) - 1 for text in whole)
 
 
 def test_tokens_weigh_the_same_in_a_short_block_and_a_long_one(model):

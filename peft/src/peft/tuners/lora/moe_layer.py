@@ -208,18 +208,21 @@ class ExpertStack(NamedTuple):
 
 def _add_linear(layer, x, result, routing, names, columns, kept) -> torch.Tensor:
     names, columns = _sorted_by_dropout(layer, names, columns)
-    own = isinstance(routing, OwnGate)
-    stack = expert_stack(layer, names, routing.weight if own else None)
-    dtype = _product_dtype(layer, x, stack.dtype)
     tokens, num_tokens = x.shape[:-1], x.shape[:-1].numel()
     rates = set(_dropout_rates(layer, names))
+    own = isinstance(routing, OwnGate)
+    # A gate keeps its float32: scores rounded to bfloat16 send tokens to other experts.
+    first_dtype = layer.lora_A[names[0]].weight.dtype
+    alike = own and rates == {0.0} and _product_dtype(layer, x, first_dtype) == routing.weight.dtype
+    stack = expert_stack(layer, names, routing.weight if alike else None)
+    dtype = _product_dtype(layer, x, stack.dtype)
     sparse = len(rates) == 1 and sparse_pays(num_tokens, stack.ranks, kept, dtype, x.device.type)
-    with_gate = own and rates == {0.0} and not sparse
+    with_gate = alike and dtype == routing.weight.dtype and not sparse
 
     hidden = None
     if own:
         rows = stack.rows if with_gate else [routing.weight]
-        hidden, scores = project(x, rows, len(routing.weight), dtype)
+        hidden, scores = project(x, rows, len(routing.weight), routing.weight.dtype)
         weights = routing.weights_of(scores.reshape(*tokens, -1))
     else:
         weights = fit_to_tokens(routing, tokens).expand(*tokens, -1)
@@ -230,7 +233,7 @@ def _add_linear(layer, x, result, routing, names, columns, kept) -> torch.Tensor
         updated = add_sparse(result, dropped, weights, *factors, min(kept, len(names)), dtype)
     else:
         if not with_gate:
-            rows = stack.expert_rows() if own else stack.rows
+            rows = stack.expert_rows() if alike else stack.rows
             hidden = _down(layer, x, rows, names, functools.partial(_hidden_ranks, dtype=dtype), feature_dim=-1)
         updated = add_stacked(result, hidden, weights, stack.columns, stack.ranks)
     if stack.bias is not None:

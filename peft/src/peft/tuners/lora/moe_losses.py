@@ -103,7 +103,7 @@ def report_losses(output: ModelOutput, losses: dict[str, torch.Tensor]) -> Model
     return reported
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _class_with_losses(output_class: type[ModelOutput], names: tuple[str, ...]) -> type[ModelOutput]:
     if set(names) <= {field.name for field in fields(output_class)}:
         return output_class

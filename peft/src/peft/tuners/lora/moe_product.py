@@ -51,6 +51,9 @@ def project(x: Tensor, rows: Sequence[Tensor], num_scores: int, dtype: torch.dty
     Returns:
         hidden_TR in that dtype, and scores_TS = (x / rms(x)) W^T, at least float32, or None where S is 0.
     """
+    if torch.is_autocast_enabled(x.device.type):  # the dtype is chosen already
+        with torch.autocast(x.device.type, enabled=False):
+            return project(x, rows, num_scores, dtype)
     if not torch.is_grad_enabled():
         return _project(x, rows, num_scores, dtype)[:2]
     return _Project.apply(x, num_scores, dtype, *rows)
@@ -292,11 +295,8 @@ def _inverse_rms(x_TI: Tensor) -> Tensor:
 
     A norm reads x once and writes one number a token; the mean of squares would write all of x again.
     """
-    if x_TI.dtype.itemsize < 4:
-        with torch.autocast(x_TI.device.type, enabled=False):  # which would copy x to float32 first
-            norm = torch.linalg.vector_norm(x_TI, dim=-1, keepdim=True).float()
-    else:
-        norm = torch.linalg.vector_norm(x_TI, dim=-1, keepdim=True)
+    norm = torch.linalg.vector_norm(x_TI, dim=-1, keepdim=True)
+    norm = norm if norm.dtype.itemsize >= 4 else norm.float()
     return torch.rsqrt(norm.square() / x_TI.shape[-1] + NORM_EPSILON)
 
 

@@ -123,9 +123,8 @@ def _check_choice(name: str, value, choices: tuple[str, ...]) -> None:
 class Gate(nn.Module):
     """Linear scores of the experts.
 
-    Computed in the weight's dtype (float32 unless base model or gate is float64, or the gate was cast). Where the gate
-    of a linear layer looks at what its experts look at, one product serves both, in the dtype of the experts; it is
-    accumulated in float32, and the softmax is float32 in any case.
+    Computed in the weight's dtype: float32 unless base model or gate is float64, or the gate was cast. Where the gate of
+    a linear layer looks at what its experts look at, and they are multiplied in the same dtype, one product serves both.
 
     Args:
         in_features: width of the hidden state.
@@ -146,8 +145,7 @@ class Gate(nn.Module):
         if self.training and self.jitter > 0:
             x = x.to(self.weight.dtype)
             x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
-        with torch.autocast(device_type=x.device.type, enabled=False):
-            _, scores = project(x, [self.weight], len(self.weight), self.weight.dtype)
+        _, scores = project(x, [self.weight], len(self.weight), self.weight.dtype)
         return self.logits_of(scores.reshape(*hidden_states.shape[:-1], -1))
 
     @property

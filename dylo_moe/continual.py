@@ -1,0 +1,406 @@
+"""Skills arrive one after another and the mixture grows: the run behind `train.py --continual prose code math`.
+
+For each skill that arrives, in this order:
+
+1. A detector compares some blocks of it with the skills that are known, and decides: a known one, or a new one.
+2. A new one gets an expert, which is seeded alone at a high rate: no other expert runs, so none can change.
+3. The router is fitted anew, so that a few replayed blocks of each skill go to that skill's expert (`router_replay`).
+4. All experts run, weighed by the router, and the new one is consolidated among them at a low rate; the others stay
+   frozen. A known skill begins here, with its own expert. Then the router is fitted once more, less sure of itself.
+5. Held-out perplexity is measured on all skills so far, and everything is written down.
+
+    results = run(ContinualConfig(continual=["prose", "code", "math"], output_dir="runs/continual"))
+"""
+
+import json
+import logging
+import os
+import shutil
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import set_seed
+
+from dylo_moe.base_identity import BaseIdentity
+from dylo_moe.base_model import load_base_model
+from dylo_moe.continual_baselines import train_in_sequence, train_joint
+from dylo_moe.continual_data import SkillText, read_skill, spread
+from dylo_moe.continual_report import as_text, compare, draw, write_text
+from dylo_moe.continual_training import train_steps
+from dylo_moe.lr_schedule import TwoPhaseLRScheduler
+from dylo_moe.model import DyLoRA_MoE
+from dylo_moe.novelty import BLOCKS_IN_A_BATCH, FEWEST_BATCHES, NoveltyDetector, Verdict
+from dylo_moe.perplexity import measure_blocks
+from dylo_moe.router_replay import RouterReplay, refit_router
+from dylo_moe.skills import SkillLibrary, embed_blocks, measure_background
+from dylo_moe.training import multiplies_bf16_fast
+
+__all__ = ["ContinualConfig", "as_text", "run"]
+
+logger = logging.getLogger(__name__)
+
+# The router's weight decay while an expert is consolidated: one that is trained at a fraction of its weight grows too
+# loud for the text of others, which gives it some weight too.
+SURE = 1e-3
+SETTINGS, RESULTS, TABLE, PICTURE, VISIT = "settings.json", "results.json", "table.md", "forgetting.png", "visit.json"
+
+
+@dataclass(kw_only=True)
+class ContinualConfig:
+    """Everything `train.py --continual` lets a user choose; all fields are options of the same name."""
+
+    continual: list[str] = field(
+        default_factory=lambda: ["prose", "code", "math"],
+        metadata={"help": "Skills in the order they arrive: domains, files, folders or hub datasets; may repeat."},
+    )
+    model_name: str = field(
+        default="base", metadata={"help": "Base model: base (committed), smollm2-135m, a folder, or a hub name."}
+    )
+    output_dir: str = field(default="runs/continual", metadata={"help": "Folder of the models and the results."})
+    lora_r: int = field(default=8, metadata={"help": "Rank of each expert."})
+    lora_alpha: int = field(default=16, metadata={"help": "LoRA alpha; the update is scaled by alpha / r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the experts' input in training."})
+    top_k: int = field(default=2, metadata={"help": "Experts kept for each token at inference."})
+    first_adapted_block: int = field(
+        default=1,
+        metadata={
+            "help": "Decoder block from which on experts are used. What enters block 0 is one token without its "
+            "context, by which no router can tell skills apart."
+        },
+    )
+    seed_steps: int = field(default=80, metadata={"help": "Optimiser steps that a new expert is seeded alone."})
+    consolidate_steps: int = field(default=20, metadata={"help": "Optimiser steps among all experts, per skill."})
+    train_batch_size: int = field(default=8, metadata={"help": "Blocks in a step."})
+    max_seq_length: int = field(default=256, metadata={"help": "Tokens in a block."})
+    learning_rate: float = field(default=4e-3, metadata={"help": "Peak learning rate of a new expert."})
+    consolidate_ratio: float = field(default=0.1, metadata={"help": "Rate of the second phase over the peak."})
+    replay_blocks: int = field(default=16, metadata={"help": "Blocks kept of each skill, for the router alone."})
+    router_weight_decay: float = field(
+        default=0.1, metadata={"help": "Of the router's fit; larger mixes the experts more. See refit_router."}
+    )
+    probe_blocks: int = field(default=32, metadata={"help": "Blocks by which an arriving skill is recognised."})
+    calibration_blocks: int = field(default=64, metadata={"help": "Held-out blocks behind a novelty threshold."})
+    novelty_margin: float = field(
+        default=1.0, metadata={"help": "How far below its held-out text a skill ends; see NoveltyDetector."}
+    )
+    eval_blocks: int = field(default=48, metadata={"help": "Held-out blocks of each skill that are measured."})
+    baselines: bool = field(default=True, metadata={"help": "Train the two LoRAs that the mixture is compared with."})
+    baseline_learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of those."})
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "Train in bfloat16 autocast; by default where the hardware multiplies it fast."},
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of all weights and of the order of the blocks."})
+
+    def __post_init__(self) -> None:
+        if not self.continual:
+            raise ValueError("continual names no skill. Give at least one, e.g. --continual prose code math.")
+        positive = ("lora_r", "top_k", "train_batch_size", "replay_blocks", "eval_blocks")
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1.")
+        for name in ("seed_steps", "consolidate_steps", "first_adapted_block"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must not be negative.")
+        if self.seed_steps + self.consolidate_steps < 1:
+            raise ValueError("seed_steps and consolidate_steps are both 0, so nothing would be learnt. Raise one.")
+        if self.max_seq_length < 2:
+            raise ValueError(f"max_seq_length is {self.max_seq_length}, but must be at least 2.")
+        for name in ("learning_rate", "baseline_learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be positive.")
+        if not 0 < self.consolidate_ratio <= 1:
+            raise ValueError(f"consolidate_ratio is {self.consolidate_ratio}, but must lie in (0, 1].")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout is {self.lora_dropout}, but must lie in [0, 1).")
+        for name in ("novelty_margin", "router_weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must not be negative.")
+        if self.probe_blocks < BLOCKS_IN_A_BATCH:
+            raise ValueError(f"probe_blocks is {self.probe_blocks}, but must be at least {BLOCKS_IN_A_BATCH}.")
+        if self.calibration_blocks < FEWEST_BATCHES * BLOCKS_IN_A_BATCH:
+            raise ValueError(
+                f"calibration_blocks is {self.calibration_blocks}, but must be at least "
+                f"{FEWEST_BATCHES * BLOCKS_IN_A_BATCH}."
+            )
+
+    @property
+    def skills(self) -> list[str]:
+        """Each skill once, in the order of its first visit."""
+        return list(dict.fromkeys(self.continual))
+
+    @property
+    def steps_a_visit(self) -> int:
+        return self.seed_steps + self.consolidate_steps
+
+
+def run(config: ContinualConfig) -> dict:
+    """Train the growing mixture and its baselines, measure after each skill, and write it all down.
+
+    An interrupted run continues behind the last finished skill when called again with the same settings, and ends as
+    if it had not been interrupted. Progress goes to the log; `as_text(results, output)` makes the table that a person
+    reads and says where the files lie.
+
+    Returns:
+        What `results.json` holds.
+
+    Raises:
+        ValueError: unknown or too little data, or an output folder with a run of other settings.
+    """
+    started, output = time.monotonic(), Path(config.output_dir)
+    _refuse_other_settings(output, config)
+    base, tokenizer = load_base_model(config.model_name)
+    if config.first_adapted_block >= base.config.get_text_config().num_hidden_layers:
+        raise ValueError(
+            f"first_adapted_block is {config.first_adapted_block}, but '{config.model_name}' has the blocks 0 to "
+            f"{base.config.get_text_config().num_hidden_layers - 1}."
+        )
+    logger.info("reading %s", ", ".join(config.skills))
+    texts = {name: _read(name, tokenizer, config) for name in config.skills}
+    output.mkdir(parents=True, exist_ok=True)
+    _write_json(output / SETTINGS, {**asdict(config), "base": BaseIdentity.of(base, config.model_name).to_dict()})
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    bf16 = multiplies_bf16_fast() if config.bf16 is None else config.bf16
+    results = {"settings": asdict(config), "skills": config.skills, "visits": list(config.continual)}
+    results["base"] = {skill: measure_blocks(base.to(device), text.test).mean_nll for skill, text in texts.items()}
+    mixture = _grow_mixture(config, texts, output, device, bf16)
+    results |= mixture
+    if config.baselines:
+        shared = {
+            "texts": texts,
+            "num_parameters": mixture["trained_parameters"]["mixture"],
+            "device": device,
+            "bf16": bf16,
+        }
+        sequential = train_in_sequence(config, output / "sequential", **shared)
+        joint = train_joint(config, output / "joint", **shared)
+        results["trained_parameters"] |= {"sequential": sequential["parameters"], "joint": joint["parameters"]}
+        results["mean_nll"] |= {"sequential": sequential["mean_nll"], "joint": joint["mean_nll"]}
+    results["comparison"] = compare(results)
+    results["seconds"] = time.monotonic() - started
+    draw(results, output / PICTURE)
+    write_text(output / TABLE, as_text(results, output))
+    _write_json(output / RESULTS, results)
+    return results
+
+
+def _grow_mixture(config: ContinualConfig, texts: dict[str, SkillText], output: Path, device: str, bf16: bool) -> dict:
+    """All visits; those that are on disk are not made again."""
+    done = []
+    for number, skill in enumerate(config.continual):
+        folder = output / "mixture" / f"{number + 1:02d}"
+        if (folder / VISIT).exists():
+            logger.info("skill %d of %d, %s, is learnt already: %s", number + 1, len(config.continual), skill, folder)
+        else:
+            _visit(config, texts, number, folder, device, bf16)
+        done.append(json.loads((folder / VISIT).read_text(encoding="utf-8")))
+    return {
+        "decisions": [visit["decision"] for visit in done],
+        "experts": done[-1]["experts"],
+        "replay_bytes": done[-1]["replay_bytes"],
+        "trained_parameters": {"mixture": done[-1]["trained_parameters"]},
+        "mean_nll": {"mixture": [visit["mean_nll"] for visit in done]},
+        "usage": done[-1]["usage"],
+    }
+
+
+def _start(config: ContinualConfig, device: str) -> tuple[DyLoRA_MoE, RouterReplay]:
+    """A mixture that has met no skill."""
+    set_seed(config.seed)
+    base, _ = load_base_model(config.model_name)
+    model = DyLoRA_MoE(
+        base,
+        1,
+        config.lora_r,
+        config.lora_alpha,
+        config.lora_dropout,
+        balance_coefficient=0.0,  # text of one skill must go to one expert: an even load is the wrong aim here
+        top_k=config.top_k,
+        adapted_blocks=range(config.first_adapted_block, base.config.get_text_config().num_hidden_layers),
+        expert_names=["expert_0"],
+    )
+    model.skills = SkillLibrary(measure_background(model))
+    return model.to(device), RouterReplay()
+
+
+def _load(config: ContinualConfig, folder: Path, device: str) -> tuple[DyLoRA_MoE, RouterReplay]:
+    """A mixture as a visit left it."""
+    base = load_base_model(config.model_name)[0].to(device)
+    return DyLoRA_MoE.from_pretrained(folder, base, is_trainable=True), RouterReplay.load(folder)
+
+
+def _visit(
+    config: ContinualConfig, texts: dict[str, SkillText], number: int, folder: Path, device: str, bf16: bool
+) -> None:
+    """Learn a skill that arrives; leaves the mixture, the replay and what was measured in the folder, or nothing.
+
+    Each visit begins with what the one before it left on disk, so that a run that was interrupted ends as a whole one.
+    """
+    started, skill = time.monotonic(), config.continual[number]
+    if number == 0:
+        model, replay = _start(config, device)
+    else:
+        model, replay = _load(config, folder.with_name(f"{number:02d}"), device)
+    set_seed(config.seed + number)
+    blocks = texts[skill].visits[config.continual[:number].count(skill)]
+    detector = NoveltyDetector(model.skills, margin=config.novelty_margin)
+    probe_NH = embed_blocks(model, spread(blocks, config.probe_blocks))
+    verdict = detector.judge(probe_NH)
+    learnt = _take_up(model, detector, verdict, skill, probe_NH, texts)
+    expert = model.skills[learnt].expert
+    logger.info("skill %d of %d, %s: %s", number + 1, len(config.continual), skill, _said(verdict, expert))
+    replay.keep(learnt, torch.tensor(spread(blocks, config.replay_blocks)["input_ids"]))
+    _learn(model, replay, config, blocks, expert, is_new=verdict.is_novel, number=number, folder=folder, bf16=bf16)
+
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    replay.save(partial)
+    model, _ = _load(config, partial, device)  # what is measured is what was saved
+    so_far = [name for name in config.skills if name in config.continual[: number + 1]]
+    names = model.experts.get_all_adapter_names()
+    in_experts = sum(parameter.numel() for name in names for parameter in model.experts.parameters_of(name))
+    visit = {
+        "decision": {"skill": skill, "expert": expert, **asdict(verdict)},
+        "experts": names,
+        "trained_parameters": in_experts + sum(p.numel() for p in model.router.attached.parameters()),
+        "replay_bytes": replay.num_bytes,
+        "mean_nll": {name: measure_blocks(model, texts[name].test).mean_nll for name in so_far},
+        "usage": {name: _usage(model, texts[name]) for name in so_far},
+        "seconds": time.monotonic() - started,
+    }
+    write_text(partial / VISIT, json.dumps(visit, indent=2) + "\n")
+    os.replace(partial, folder)
+
+
+def _take_up(
+    model: DyLoRA_MoE,
+    detector: NoveltyDetector,
+    verdict: Verdict,
+    skill: str,
+    probe_NH: torch.Tensor,
+    texts: dict[str, SkillText],
+) -> str:
+    """Note what arrived in the library, and make an expert if it is new; returns its name in the library."""
+    library = detector.library
+    if not verdict.is_novel:
+        library.update(verdict.nearest, probe_NH)
+        return verdict.nearest
+    if len(library):
+        expert = model.experts.create_expert()
+    else:
+        (expert,) = model.experts.get_all_adapter_names()
+    name = skill if skill not in library else f"{skill} ({expert})"
+    library.add(name, probe_NH, expert=expert)
+    detector.calibrate(name, embed_blocks(model, texts[skill].calibration))
+    return name
+
+
+def _learn(
+    model: DyLoRA_MoE,
+    replay: RouterReplay,
+    config: ContinualConfig,
+    blocks,
+    expert: str,
+    *,
+    is_new: bool,
+    number: int,
+    folder: Path,
+    bf16: bool,
+) -> None:
+    """Seed and consolidate one expert; every other one is frozen throughout, and all are in the end."""
+    experts, name = model.experts, config.continual[number]
+    experts.freeze(experts.get_all_adapter_names())
+    experts.unfreeze(expert)
+    seed_steps = config.seed_steps if is_new else 0
+    consolidate_steps = config.steps_a_visit - seed_steps
+    peak = config.learning_rate if is_new else config.learning_rate * config.consolidate_ratio
+    optimizer = torch.optim.AdamW(experts.parameters_of(expert), lr=peak, weight_decay=0.0)
+    scheduler = TwoPhaseLRScheduler(
+        optimizer,
+        seed_steps=seed_steps,
+        consolidate_steps=consolidate_steps,
+        warmup_steps=seed_steps // 20,
+        ratio=config.consolidate_ratio if is_new else 1.0,
+    )
+
+    def consolidate() -> None:
+        experts.activate_all_experts()
+        model.router.attached.requires_grad_(False)
+        refit_router(model, replay, weight_decay=SURE)
+
+    if seed_steps:
+        experts.set_active_expert(expert)
+    else:
+        consolidate()
+    train_steps(
+        model,
+        blocks,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        num_steps=config.steps_a_visit,
+        batch_size=config.train_batch_size,
+        seed=config.seed + number,
+        bf16=bf16,
+        scratch=folder.with_name(folder.name + ".scratch"),
+        name=name,
+        at_step={seed_steps: consolidate} if seed_steps else None,
+    )
+    shutil.rmtree(folder.with_name(folder.name + ".scratch"), ignore_errors=True)
+    experts.freeze(expert)
+    share = refit_router(model, replay, weight_decay=config.router_weight_decay)
+    logger.info("%s: the router sends %.1f %% of the replayed tokens to their skills' experts", name, 100 * share)
+
+
+@torch.no_grad()
+def _usage(model: DyLoRA_MoE, text: SkillText) -> dict[str, float]:
+    """Each expert's mean weight on a skill's held-out tokens."""
+    rows = spread(text.test, 8).with_format("torch")
+    model.eval()
+    model(input_ids=rows["input_ids"][:].to(model.device), logits_to_keep=1)
+    means = model.last_routing_weights.flatten(0, 1).mean(dim=0).tolist()
+    return dict(zip(model.experts.get_all_adapter_names(), means, strict=True))
+
+
+def _read(name: str, tokenizer, config: ContinualConfig) -> SkillText:
+    return read_skill(
+        name,
+        tokenizer,
+        num_visits=config.continual.count(name),
+        blocks_a_visit=config.steps_a_visit * config.train_batch_size,
+        calibration_blocks=config.calibration_blocks,
+        test_blocks=config.eval_blocks,
+        block_size=config.max_seq_length,
+        seed=config.seed,
+    )
+
+
+def _said(verdict: Verdict, expert: str) -> str:
+    if verdict.nearest is None:
+        return f"the first skill, learnt by {expert}"
+    near = f"similarity {verdict.similarity:.3f} to {verdict.nearest}, threshold {verdict.threshold:.3f}"
+    return f"new ({near}): {expert} is added" if verdict.is_novel else f"known ({near}): {expert} learns on"
+
+
+def _refuse_other_settings(output: Path, config: ContinualConfig) -> None:
+    file = output / SETTINGS
+    if not file.exists():
+        return
+    held = json.loads(file.read_text())
+    differs = [
+        f"{name} ({held.get(name)} there, {value} asked for)"
+        for name, value in asdict(config).items()
+        if name != "output_dir" and held.get(name) != value
+    ]
+    if differs:
+        raise ValueError(
+            f"{output} holds a run with other settings: {'; '.join(differs)}. Choose another --output_dir, or remove "
+            "that folder."
+        )
+
+
+def _write_json(path: Path, content: dict) -> None:
+    write_text(path, json.dumps(content, indent=2) + "\n")

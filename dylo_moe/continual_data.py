@@ -1,0 +1,93 @@
+"""The text of a skill for a continual run: blocks to train on at each visit, to calibrate with, and to test on."""
+
+import hashlib
+from dataclasses import dataclass
+
+from datasets import Dataset
+
+from dylo_moe.data import load_documents
+from dylo_moe.packing import pack_documents
+
+# A token of a language model's vocabulary is at most so many characters of text, on average.
+CHARACTERS_A_TOKEN = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkillText:
+    """Blocks of one skill.
+
+    Args:
+        visits: training blocks of each visit; a later one reads on where the earlier stopped, and begins anew when the
+            text is used up.
+        calibration: held-out blocks (validation documents) that the novelty threshold is measured on.
+        test: held-out blocks (test documents) that perplexity is measured on.
+    """
+
+    visits: list[Dataset]
+    calibration: Dataset
+    test: Dataset
+
+
+def read_skill(
+    name: str,
+    tokenizer,
+    *,
+    num_visits: int,
+    blocks_a_visit: int,
+    calibration_blocks: int,
+    test_blocks: int,
+    block_size: int,
+    seed: int = 0,
+) -> SkillText:
+    """Read the blocks of a skill.
+
+    Args:
+        name: a built-in domain, a file, a folder or a hub dataset; see `load_documents`.
+        tokenizer: of the base model.
+        num_visits: how often the skill comes.
+        blocks_a_visit: training blocks of each visit.
+        calibration_blocks, test_blocks: held-out blocks.
+        block_size: tokens in a block.
+        seed: of the order of the documents.
+
+    Raises:
+        ValueError: unknown or empty data, or not enough of it to calibrate, to test or to train.
+    """
+
+    def read(split: str, count: int, at_least: int) -> Dataset:
+        blocks = _read_blocks(name, split, tokenizer, count, block_size, seed)
+        if len(blocks) < at_least:
+            raise ValueError(
+                f"{name} has {len(blocks)} {split} blocks of {block_size} tokens, but {at_least} are needed. Give "
+                "more text, or a smaller max_seq_length."
+            )
+        return blocks
+
+    train = read("train", num_visits * blocks_a_visit, at_least=1)
+    visits = [
+        train.select([i % len(train) for i in range(visit * blocks_a_visit, (visit + 1) * blocks_a_visit)])
+        for visit in range(num_visits)
+    ]
+    calibration = read("validation", 4 * calibration_blocks, at_least=calibration_blocks)
+    return SkillText(
+        visits=visits, calibration=spread(calibration, calibration_blocks), test=read("test", test_blocks, 1)
+    )
+
+
+def spread(blocks: Dataset, count: int) -> Dataset:
+    """So many blocks, evenly spread over all: neighbours are often of one document."""
+    count = min(count, len(blocks))
+    return blocks.select([i * len(blocks) // count for i in range(count)])
+
+
+def _read_blocks(name: str, split: str, tokenizer, count: int, block_size: int, seed: int) -> Dataset:
+    documents = load_documents(name, split)["text"]
+    order = sorted(range(len(documents)), key=lambda i: hashlib.sha256(f"{seed} {i}".encode()).digest())
+    texts, characters = [], 0
+    for index in order:
+        texts.append(documents[index])
+        characters += len(texts[-1])
+        if characters > count * block_size * CHARACTERS_A_TOKEN:
+            break
+    blocks = pack_documents(texts, tokenizer, block_size=block_size, keep_remainder=False)
+    return blocks.select(range(min(count, len(blocks))))

@@ -1,0 +1,95 @@
+"""Training shared by the growing mixture and its baselines: so many steps on blocks, with transformers' Trainer."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+logger = logging.getLogger(__name__)
+
+
+def train_steps(
+    model,
+    blocks: Dataset,
+    *,
+    optimizer: Optimizer,
+    scheduler: LRScheduler,
+    num_steps: int,
+    batch_size: int,
+    seed: int,
+    bf16: bool,
+    scratch: Path,
+    name: str,
+    at_step: dict[int, Callable[[], None]] | None = None,
+) -> float:
+    """Take optimiser steps; nothing is saved.
+
+    Args:
+        model: a PeftModel; changed in place.
+        blocks: rows of `input_ids`, `attention_mask` and `labels`; drawn in an order that the seed gives.
+        optimizer, scheduler: as torch's.
+        num_steps: optimiser steps, whatever the number of blocks.
+        batch_size: blocks in a step.
+        seed: of the order of the blocks and of dropout.
+        bf16: train in bfloat16 autocast.
+        scratch: a folder that Trainer may call its own.
+        name: what is trained, for the log.
+        at_step: what to do when so many steps are taken.
+
+    Returns:
+        The mean training loss, nats a token.
+    """
+    arguments = TrainingArguments(
+        output_dir=str(scratch),
+        max_steps=num_steps,
+        per_device_train_batch_size=batch_size,
+        bf16=bf16,
+        logging_steps=max(1, num_steps // 5),
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        seed=seed,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    callbacks: list[TrainerCallback] = [_Log(name, num_steps)]
+    if at_step:
+        callbacks.append(_AtStep(at_step))
+    trainer = Trainer(
+        model=model, args=arguments, train_dataset=blocks, optimizers=(optimizer, scheduler), callbacks=callbacks
+    )
+    for spoken in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(spoken)
+    return trainer.train().training_loss
+
+
+class _Log(TrainerCallback):
+    """One line now and then: steps, loss, learning rate."""
+
+    def __init__(self, name: str, num_steps: int) -> None:
+        self.name = name
+        self.num_steps = num_steps
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs and "loss" in logs:
+            loss, rate = float(logs["loss"]), float(logs["learning_rate"])
+            logger.info(
+                "%s: step %d of %d loss %.3f lr %.1e", self.name, state.global_step, self.num_steps, loss, rate
+            )
+
+
+class _AtStep(TrainerCallback):
+    """Calls what is due when so many steps are taken."""
+
+    def __init__(self, due: dict[int, Callable[[], None]]) -> None:
+        self.due = due
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step in self.due:
+            self.due[state.global_step]()

@@ -1,0 +1,233 @@
+"""Evaluate a trained adapter: perplexity by domain, tasks of lm-eval, and HumanEval.
+
+    python -m dylo_moe.evaluate --checkpoint runs/mixture
+    python -m dylo_moe.evaluate --checkpoint runs/mixture --tasks arithmetic --include_path my_tasks
+    python -m dylo_moe.evaluate --checkpoint runs/mixture --humaneval --allow_code_execution
+
+A checkpoint is the folder of an adapter, or the folder of a run of `train.py`, which stands for its mixture. The tasks
+and HumanEval need the extra `eval`.
+"""
+
+import json
+import logging
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+
+from dylo_moe.base_identity import BaseIdentity
+from dylo_moe.base_model import Quantization, load_base_model
+from dylo_moe.checkpoints import BASE, check_base, write_json
+from dylo_moe.downloads import DownloadError
+from dylo_moe.first_mixture import MIXTURE, SETTINGS
+from dylo_moe.humaneval import Outcome, complete_problems, load_problems, run_tests, write_samples
+from dylo_moe.lm_eval_tasks import find_tasks, run_tasks
+from dylo_moe.model import SETTINGS as GROWING_SETTINGS
+from dylo_moe.model import DyLoRA_MoE
+from dylo_moe.options import OptionParser
+from dylo_moe.packing import keeps_documents_apart
+from dylo_moe.perplexity import measure_blocks
+from dylo_moe.training_data import DataConfig, prepare
+
+logger = logging.getLogger(__name__)
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig:
+    """What is measured, of which checkpoint."""
+
+    checkpoint: str = field(metadata={"help": "Folder of an adapter, or of a run of train.py."})
+    model_name: str | None = field(
+        default=None, metadata={"help": "Base model; by default the one the checkpoint was trained on."}
+    )
+    quant: Quantization = field(default="none", metadata={"help": "Hold the base in 8 or 4 bits."})
+    datasets: str | None = field(
+        default=None, metadata={"help": "Comma separated; by default those of the run, else prose,code,math."}
+    )
+    text_column: str | None = field(
+        default=None, metadata={"help": "Column of your own datasets that holds the text."}
+    )
+    eval_subset: float = field(default=100.0, metadata={"help": "Percent of the held-out documents to use."})
+    eval_blocks: int | None = field(default=None, metadata={"help": "At most so many rows of each dataset."})
+    eval_batch_size: int = field(default=8, metadata={"help": "Rows of a forward pass."})
+    max_seq_length: int | None = field(
+        default=None, metadata={"help": "Tokens in a row; by default those of the run, else 256."}
+    )
+    separate_documents: bool | None = field(
+        default=None, metadata={"help": "No attention across documents in a row; by default as in the run, else true."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the subsets."})
+    tasks: str | None = field(default=None, metadata={"help": "Comma separated tasks of lm-eval (extra eval)."})
+    include_path: str | None = field(default=None, metadata={"help": "Folder with task files of your own."})
+    limit: int | None = field(default=None, metadata={"help": "Only the first so many examples of a task."})
+    humaneval: bool = field(default=False, metadata={"help": "Complete the HumanEval problems (extra eval)."})
+    samples: str = field(
+        default="humaneval_samples.jsonl", metadata={"help": "File for the completions of HumanEval."}
+    )
+    allow_code_execution: bool = field(
+        default=False, metadata={"help": "Run what the model wrote, in a limited subprocess, to score HumanEval."}
+    )
+    output: str | None = field(default=None, metadata={"help": "JSON file for the results and these options."})
+
+    def __post_init__(self) -> None:
+        for name in ("eval_batch_size", "eval_blocks", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, but must be at least 1.")
+        if self.include_path and not self.tasks:
+            raise ValueError("include_path is set, but no tasks. Name those to run with --tasks.")
+        if self.include_path and not Path(self.include_path).is_dir():
+            raise FileNotFoundError(f"There is no folder {self.include_path} of task files. Check --include_path.")
+        if self.allow_code_execution and not self.humaneval:
+            raise ValueError("allow_code_execution is set, but nothing would be executed. Add --humaneval.")
+        self.data  # noqa: B018 - checks the values that it is made of
+
+    @property
+    def task_names(self) -> list[str]:
+        return [name.strip() for name in (self.tasks or "").split(",") if name.strip()]
+
+    @property
+    def folder(self) -> Path:
+        """Of the adapter: a run's mixture where a run is named."""
+        folder = Path(self.checkpoint).expanduser()
+        if not folder.is_dir():
+            raise FileNotFoundError(f"There is no checkpoint folder {folder}. Check --checkpoint.")
+        for candidate in (folder, folder / MIXTURE):
+            if (candidate / ADAPTER_CONFIG).is_file():
+                return candidate
+        raise ValueError(
+            f"{folder} holds no {ADAPTER_CONFIG}, so it is no checkpoint of an adapter. Name the folder of an "
+            "adapter, or of a run of train.py."
+        )
+
+    @property
+    def data(self) -> DataConfig:
+        """The held-out text, with what is not given taken from the run that the checkpoint lies in."""
+        settings = self.folder.parent / SETTINGS
+        held = json.loads(settings.read_text(encoding="utf-8")).get("data", {}) if settings.is_file() else {}
+        chosen = {
+            name: getattr(self, name) if getattr(self, name) is not None else held[name]
+            for name in ("datasets", "max_seq_length", "separate_documents", "text_column")
+            if getattr(self, name) is not None or held.get(name) is not None
+        }
+        kept = {name: held[name] for name in ("as_text", "keep_truncated") if name in held}
+        return DataConfig(eval_subset=self.eval_subset, eval_blocks=self.eval_blocks, **chosen, **kept)
+
+
+def evaluate(config: EvaluateConfig) -> dict:
+    """Measure what is asked for.
+
+    Returns:
+        `perplexity`: for each dataset that of the `base` and of the `checkpoint`; `tasks` and `humaneval` where asked.
+
+    Raises:
+        ValueError: the checkpoint is of another base model, or a dataset cannot be read.
+        FileNotFoundError: a folder, file or model is not there.
+        ModuleNotFoundError: a task or HumanEval is asked for without the extra `eval`.
+    """
+    # Both fail before a model is loaded.
+    problems = load_problems(limit=config.limit) if config.humaneval else None
+    tasks = find_tasks(config.task_names, include_path=config.include_path) if config.tasks else None
+    model, tokenizer = load_checkpoint(config)
+    results = {"settings": asdict(config), "perplexity": _perplexities(model, tokenizer, config)}
+    if tasks is not None:
+        results["tasks"] = run_tasks(
+            model, tokenizer, config.task_names, tasks, limit=config.limit, batch_size=config.eval_batch_size
+        )
+    if problems is not None:
+        samples = complete_problems(model, tokenizer, problems)
+        write_samples(samples, Path(config.samples))
+        results["humaneval"] = {"problems": len(samples), "samples": config.samples}
+        if config.allow_code_execution:
+            outcomes = run_tests(problems, samples)
+            passed = sum(outcome is Outcome.PASSED for outcome in outcomes.values())
+            results["humaneval"] |= {
+                "pass@1": passed / len(samples),
+                "outcomes": {task: outcome.value for task, outcome in outcomes.items()},
+            }
+    return results
+
+
+def load_checkpoint(config: EvaluateConfig):
+    """The adapter on its base model, in eval mode and on the GPU where there is one, and the tokenizer.
+
+    Raises:
+        ValueError: `model_name` is another base than the adapter was trained on.
+    """
+    folder = config.folder
+    adapter = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    noted = json.loads((folder / BASE).read_text(encoding="utf-8")) if (folder / BASE).is_file() else {}
+    name = config.model_name or noted.get("name") or adapter.get("base_model_name_or_path")
+    if not name:
+        raise ValueError(f"{folder} does not say which base model it was trained on. Name it with --model_name.")
+    base, tokenizer = load_base_model(name, quant=config.quant)
+    check_base(folder, BaseIdentity.of(base, name))
+    grows = (folder / GROWING_SETTINGS).is_file()
+    try:
+        model = DyLoRA_MoE.from_pretrained(folder, model=base) if grows else PeftModel.from_pretrained(base, folder)
+    except RuntimeError as misfit:
+        raise ValueError(
+            f"{folder} does not fit the base model '{name}': {str(misfit).splitlines()[0]} It was trained on "
+            f"'{adapter.get('base_model_name_or_path')}'. Give that as --model_name."
+        ) from misfit
+    if config.quant == "none" and torch.cuda.is_available():
+        model = model.to("cuda")
+    return model.eval(), tokenizer
+
+
+def as_text(results: dict) -> str:
+    """The results as tables a person reads."""
+    perplexity = results["perplexity"]
+    width = max(12, *(len(name) for name in perplexity))
+    lines = ["Held-out perplexity (lower is better)", "", f"{'':<{width}}{'base':>14}{'checkpoint':>14}"]
+    for name, measured in perplexity.items():
+        lines.append(f"{name:<{width}}{measured['base']:>14.2f}{measured['checkpoint']:>14.2f}")
+    for task, metrics in results.get("tasks", {}).items():
+        lines.append("")
+        lines += [f"{task}: {metric} {value:.4f}" for metric, value in metrics.items()]
+    if humaneval := results.get("humaneval"):
+        lines += ["", f"HumanEval: {humaneval['problems']} completions lie in {humaneval['samples']}"]
+        if "pass@1" in humaneval:
+            lines.append(f"HumanEval: pass@1 {humaneval['pass@1']:.3f}")
+        else:
+            lines.append("HumanEval: nothing was executed; --allow_code_execution runs the tests and scores them")
+    return "\n".join(lines)
+
+
+def _perplexities(model, tokenizer, config: EvaluateConfig) -> dict[str, dict[str, float]]:
+    data = config.data
+    apart = data.separate_documents and keeps_documents_apart(model.get_base_model())
+    measured = {}
+    for name in data.domains:
+        logger.info("measuring %s", name)
+        rows = prepare(name, "test", tokenizer, data, seed=config.seed, apart=apart, max_rows=config.eval_blocks).rows
+        with model.disable_adapter():
+            base = measure_blocks(model, rows, batch_size=config.eval_batch_size).perplexity
+        found = measure_blocks(model, rows, batch_size=config.eval_batch_size).perplexity
+        measured[name] = {"base": base, "checkpoint": found}
+    return measured
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = OptionParser((EvaluateConfig,), prog="python -m dylo_moe.evaluate", description=__doc__.splitlines()[0])
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        (config,) = parser.parse(argv)
+        results = evaluate(config)
+    except (ValueError, FileNotFoundError, DownloadError, ModuleNotFoundError) as refused:
+        parser.error(str(refused))
+    if config.output:
+        write_json(Path(config.output), results)
+    print(as_text(results))
+    if config.output:
+        print(f"\nresults   {config.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

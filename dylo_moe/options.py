@@ -1,0 +1,119 @@
+"""Options of a command from its dataclasses, from the command line and from a YAML file.
+
+    mixture, training = parse((MixtureConfig, TrainingConfig), argv, description="...")
+
+`--config file.yaml` names a file of `option: value` lines. A flag wins over the file, the file over the default, and a
+key of the file that is no option is refused, so that a misspelt one never passes for a default.
+"""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+CONFIG_FLAG = "--config"
+
+
+class OptionParser(HfArgumentParser):
+    """HfArgumentParser with `--config`, and with bare flags also for a `bool | None` (`--bf16` is `--bf16 true`)."""
+
+    def __init__(self, classes: Sequence[type], **kwargs: Any) -> None:
+        super().__init__(classes, allow_abbrev=False, **kwargs)
+        self.add_argument(CONFIG_FLAG, metavar="FILE", help="YAML file of options; flags win over it.")
+        for action in self._actions:
+            if getattr(action.type, "__name__", "") == "string_to_bool" and action.nargs is None:
+                action.nargs, action.const = "?", True
+
+    def error(self, message: str):
+        """One line and exit code 2; argparse would print the whole usage before it."""
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+    def parse(self, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
+        """One instance of each dataclass.
+
+        Raises:
+            ValueError: the file cannot be read as options, holds an unknown key, or a dataclass refuses a value.
+            SystemExit: argparse's own errors and --help.
+        """
+        argv = list(sys.argv[1:] if argv is None else argv)
+        named, _ = _config_only().parse_known_args(argv)
+        # As flags before the user's own: each value is read by the same rules, and the later one wins.
+        before = [] if named.config is None else self._as_flags(Path(named.config))
+        *instances, _, unknown = self.parse_args_into_dataclasses(
+            [*before, *argv], return_remaining_strings=True, look_for_args_file=False
+        )
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            close = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=1)
+            hint = f"Closest: {close[0]}. " if close else ""
+            raise ValueError(f"Unknown option {' '.join(unknown)}. {hint}See --help for all options.")
+        return tuple(instances)
+
+    def _as_flags(self, path: Path) -> list[str]:
+        known = {action.dest: action for action in self._actions if action.dest not in ("help", "config")}
+        flags = []
+        for key, value in read_yaml_options(path).items():
+            name = str(key).replace("-", "_")
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"Closest: '{close[0]}'. " if close else ""
+                raise ValueError(f"{path} holds the unknown option '{key}'. {hint}See --help for all options.")
+            if value is None:
+                continue
+            takes_several = known[name].nargs == "+"
+            if isinstance(value, list) and not takes_several:
+                flags.append(f"--{name}={','.join(map(str, value))}")
+            elif isinstance(value, list):
+                flags += [f"--{name}", *map(str, value)]
+            else:
+                flags.append(f"--{name}={value}")
+        return flags
+
+
+def names_option(name: str, argv: Sequence[str] | None = None) -> bool:
+    """Whether the command line, or the file it names with `--config`, sets an option; nothing is checked yet."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if any(word == f"--{name}" or word.startswith(f"--{name}=") for word in argv):
+        return True
+    config, _ = _config_only().parse_known_args(argv)
+    if config.config is None or not Path(config.config).is_file():
+        return False
+    try:
+        return read_yaml_options(Path(config.config)).get(name) is not None
+    except ValueError:
+        return False
+
+
+def read_yaml_options(path: Path) -> dict[str, Any]:
+    """The `option: value` lines of a YAML file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not YAML, or not a mapping from option to value.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no options file {path}. Check the path given to {CONFIG_FLAG}.")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as wrong:
+        said = " ".join(str(wrong).split())
+        raise ValueError(f"{path} is not YAML: {said}. Write one 'option: value' a line.") from wrong
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, but must hold one 'option: value' a line.")
+    nested = [str(key) for key, value in content.items() if isinstance(value, dict)]
+    if nested:
+        raise ValueError(f"{path} nests values under {', '.join(nested)}. Write one 'option: value' a line, unnested.")
+    return content
+
+
+def _config_only() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(CONFIG_FLAG)
+    return parser
