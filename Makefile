@@ -70,7 +70,7 @@ smollm2: $(INSTALLED) ## fetch SmolLM2-135M-Instruct into the cache, for --model
 	$(VENV_PYTHON) -m dylo_moe.smollm2
 
 .PHONY: continual
-continual: $(DATA) ## let prose, code and math arrive one after another; the mixture grows (five minutes)
+continual: $(DATA) ## let prose, code and math arrive one after another; the mixture grows
 	@echo "== training a mixture that grows with its skills, and what it is compared with"
 	$(VENV_PYTHON) train.py --continual prose code math $(ARGS)
 
