@@ -23,6 +23,7 @@ from moe_testing import FAMILIES, SCOPES, tiny_base, tiny_mixture, tokens, train
 from torch import nn
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
+from peft.tuners.lora import moe_context
 from peft.tuners.lora.moe_losses import CarryLoss, gate_statistics, router_losses, summarize
 from peft.tuners.lora.moe_selection import select_experts
 
@@ -190,6 +191,16 @@ class TestAgainstTheModel:
         with torch.no_grad():
             model(input_ids=tokens(1, 4))
         json.dumps(model.routing_summary())
+
+    @torch.no_grad()
+    def test_the_summary_is_the_same_measured_at_once_or_when_asked(self, monkeypatch):
+        model, ids = tiny_mixture("llama", router_selection="hybrid", top_k=2), tokens(2, 7)
+        model(input_ids=ids)
+        when_asked = model.train().routing_summary()  # of the forward in eval, which was sparse
+        monkeypatch.setattr(moe_context, "KEPT_LOGITS", 0)
+        model.eval()(input_ids=ids)
+        assert not model.base_model._routing_context()._kept_logits
+        assert model.routing_summary() == when_asked
 
     def test_the_summary_is_of_the_last_forward_alone(self):
         model = tiny_mixture("llama")
