@@ -13,12 +13,12 @@ from pathlib import Path
 
 from dylo_moe import continual, first_mixture
 from dylo_moe.adapters import MixtureConfig
-from dylo_moe.allocator import keep_freed_memory
-from dylo_moe.downloads import DownloadError
 from dylo_moe.first_mixture import RunConfig
-from dylo_moe.options import OptionParser, names_option
 from dylo_moe.training import TrainingConfig
 from dylo_moe.training_data import DataConfig
+from foundation.allocator import keep_freed_memory
+from foundation.downloads import DownloadError
+from foundation.options import OptionParser, names_option
 
 INTERRUPTED = 130  # what a shell reports of a program that was stopped by Ctrl-C
 

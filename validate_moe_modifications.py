@@ -11,11 +11,12 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from dylo_moe.allocator import keep_freed_memory
-from dylo_moe.base_model import COMMITTED
 from dylo_moe.equivalence import validate
 from dylo_moe.equivalence_models import Source, open_checkpoint, open_model
-from dylo_moe.equivalence_report import as_json, as_table, write_whole
+from dylo_moe.equivalence_report import as_json, as_table
+from foundation.allocator import keep_freed_memory
+from foundation.base_model import COMMITTED
+from foundation.whole_files import write_text
 
 # Tokens of one forward in the speed table, as in `make bench`; fewer for a model that knows fewer positions.
 BENCHMARK_TOKENS = 512
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         rows = [asdict(row) for row in measured]
     if options.json is not None:
         try:
-            write_whole(options.json, as_json(source, results, rows))
+            write_text(options.json, as_json(source, results, rows))
         except OSError as refused:
             parser.error(f"{options.json} cannot be written: {_one_line(refused)}")
     return int(any(result.verdict == "fail" for result in results))

@@ -7,7 +7,6 @@ machine's processor, the versions and the code that is measured.
 import gc
 import json
 import logging
-import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,7 +19,8 @@ from benchmarks.machine import machine, measured_code
 from benchmarks.models import Setting
 from benchmarks.operators import operators
 from benchmarks.parts import forward, memory, scaling, scope, training
-from dylo_moe.allocator import keep_freed_memory
+from foundation.allocator import keep_freed_memory
+from foundation.whole_files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def run_part(part: str, setting: Setting, rounds: int, output: Path, *, again: b
     gc.collect()
     if setting.device == "cuda":
         torch.cuda.empty_cache()
-    write_whole(file, json.dumps(result, indent=1) + "\n")
+    write_text(file, json.dumps(result, indent=1) + "\n")
     logger.info("%s: done in %.0f s", part, result["took"])
     return result
 
@@ -83,14 +83,6 @@ def held_parts(output: Path) -> dict[str, dict]:
     """The results that lie in a folder, in the order of PARTS."""
     found = {part: _read(output / f"{part}.json") for part in PARTS}
     return {part: result for part, result in found.items() if result}
-
-
-def write_whole(file: Path, content: str | bytes) -> None:
-    """Write a file beside its place and rename it, so that it is there whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(partial, file)
 
 
 def rows_of(results: dict[str, dict], group: str) -> Iterable[dict]:

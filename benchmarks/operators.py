@@ -16,7 +16,7 @@ from benchmarks.measure import forward_of, step_of
 from benchmarks.models import SIZES, Setting, random_tokens
 from benchmarks.parts import build
 from benchmarks.ways import Way, all_ways, lora, routed
-from dylo_moe.allocator import keep_freed_memory
+from foundation.allocator import keep_freed_memory
 
 SHOWN = 12
 TURNS = 5

@@ -4,11 +4,12 @@ import json
 import statistics
 from pathlib import Path
 
-from benchmarks.engine import held_parts, write_whole
+from benchmarks.engine import held_parts
 from benchmarks.measure import ratio
 from benchmarks.operators import as_text
 from benchmarks.plots import draw
 from benchmarks.targets import targets
+from foundation.whole_files import whole_file
 
 MiB = 2**20
 
@@ -29,7 +30,8 @@ def write_report(output: Path, command: str) -> list[Path]:
     files["results.json"] = json.dumps(results) + "\n"
     files["README.md"] = as_markdown(results, command, list(pictures))
     for name, content in files.items():
-        write_whole(output / name, content)
+        with whole_file(output / name) as partial:
+            partial.write_bytes(content.encode() if isinstance(content, str) else content)
     return [output / name for name in files]
 
 

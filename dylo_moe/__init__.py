@@ -9,14 +9,10 @@ What else you need, import from the module that holds it:
     dylo_moe.model        the mixture (`DyLoRA_MoE`), with its `ExpertManager` and its `DynamicHybridRouter`
     dylo_moe.skills       the skills it has met (`SkillLibrary`); `dylo_moe.novelty` tells known from new
     dylo_moe.continual    skills learnt one after another (`run`)
-    dylo_moe.data         text: built-in domains, a user's own files, hub datasets (`load_documents`)
     dylo_moe.training     train an adapter: resumable, routing watched (`train_adapter`, `TrainingConfig`)
     dylo_moe.evaluate     perplexity by domain, lm-eval, HumanEval (`python -m dylo_moe.evaluate`)
-    dylo_moe.packing      documents cut into blocks for language-model training (`pack_documents`)
-    dylo_moe.perplexity   held-out perplexity (`measure_texts`, `measure_blocks`)
-    dylo_moe.base_model   base models by name (`load_base_model`, `resolve_model_name`)
-    dylo_moe.smollm2      fetches and converts SmolLM2-135M
-    dylo_moe.allocator    makes training on a CPU several times faster (`keep_freed_memory`)
+
+Text and base models come from the package `foundation`.
 """
 
 import importlib

@@ -23,19 +23,20 @@ from pathlib import Path
 import torch
 from transformers import set_seed
 
-from dylo_moe.base_identity import BaseIdentity
-from dylo_moe.base_model import load_base_model
 from dylo_moe.continual_baselines import train_in_sequence, train_joint
 from dylo_moe.continual_data import SkillText, read_skill, spread
-from dylo_moe.continual_report import as_text, compare, draw, write_text
+from dylo_moe.continual_report import as_text, compare, draw
 from dylo_moe.continual_training import train_steps
 from dylo_moe.lr_schedule import TwoPhaseLRScheduler
 from dylo_moe.model import DyLoRA_MoE
 from dylo_moe.novelty import BLOCKS_IN_A_BATCH, FEWEST_BATCHES, NoveltyDetector, Verdict
-from dylo_moe.perplexity import measure_blocks
 from dylo_moe.router_replay import RouterReplay, refit_router
 from dylo_moe.skills import SkillLibrary, embed_blocks, measure_background
 from dylo_moe.training import multiplies_bf16_fast
+from foundation.base_identity import BaseIdentity
+from foundation.base_model import load_base_model
+from foundation.perplexity import measure_blocks
+from foundation.whole_files import write_json, write_text
 
 __all__ = ["ContinualConfig", "as_text", "run"]
 
@@ -160,7 +161,7 @@ def run(config: ContinualConfig) -> dict:
     logger.info("reading %s", ", ".join(config.skills))
     texts = {name: _read(name, tokenizer, config) for name in config.skills}
     output.mkdir(parents=True, exist_ok=True)
-    _write_json(output / SETTINGS, {**asdict(config), "base": BaseIdentity.of(base, config.model_name).to_dict()})
+    write_json(output / SETTINGS, {**asdict(config), "base": BaseIdentity.of(base, config.model_name).to_dict()})
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     bf16 = multiplies_bf16_fast() if config.bf16 is None else config.bf16
@@ -183,7 +184,7 @@ def run(config: ContinualConfig) -> dict:
     results["seconds"] = time.monotonic() - started
     draw(results, output / PICTURE)
     write_text(output / TABLE, as_text(results, output))
-    _write_json(output / RESULTS, results)
+    write_json(output / RESULTS, results)
     return results
 
 
@@ -272,7 +273,7 @@ def _visit(
         "usage": {name: _usage(model, texts[name]) for name in so_far},
         "seconds": time.monotonic() - started,
     }
-    write_text(partial / VISIT, json.dumps(visit, indent=2) + "\n")
+    write_json(partial / VISIT, visit)
     os.replace(partial, folder)
 
 
@@ -400,7 +401,3 @@ def _refuse_other_settings(output: Path, config: ContinualConfig) -> None:
             f"{output} holds a run with other settings: {'; '.join(differs)}. Choose another --output_dir, or remove "
             "that folder."
         )
-
-
-def _write_json(path: Path, content: dict) -> None:
-    write_text(path, json.dumps(content, indent=2) + "\n")

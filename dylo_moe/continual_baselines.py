@@ -18,13 +18,13 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import set_seed
 
-from dylo_moe.base_model import load_base_model
 from dylo_moe.continual_data import SkillText
-from dylo_moe.continual_report import write_text
 from dylo_moe.continual_training import train_steps
 from dylo_moe.lr_schedule import two_phase_factor
-from dylo_moe.perplexity import measure_blocks
 from dylo_moe.target_modules import find_target_modules, has_transposed_weights
+from foundation.base_model import load_base_model
+from foundation.perplexity import measure_blocks
+from foundation.whole_files import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -169,5 +169,5 @@ def _write(model, config, folder: Path, tests: dict[str, Dataset]) -> None:
     parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     saved = PeftModel.from_pretrained(load_base_model(config.model_name)[0], partial).to(model.device)
     mean_nll = {name: measure_blocks(saved, blocks).mean_nll for name, blocks in tests.items()}
-    write_text(partial / VISIT, json.dumps({"parameters": parameters, "mean_nll": mean_nll}, indent=2) + "\n")
+    write_json(partial / VISIT, {"parameters": parameters, "mean_nll": mean_nll})
     os.replace(partial, folder)

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from datasets import Dataset
 
-from dylo_moe.data import load_documents
-from dylo_moe.packing import pack_documents
+from foundation.data import load_documents
+from foundation.packing import pack_documents
 
 # A token of a language model's vocabulary is at most so many characters of text, on average.
 CHARACTERS_A_TOKEN = 8

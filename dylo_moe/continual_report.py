@@ -6,8 +6,9 @@ arXiv:1801.10112, section 3, with log-perplexity in place of accuracy). Negative
 """
 
 import math
-import os
 from pathlib import Path
+
+from foundation.whole_files import whole_file
 
 NAMES = {"mixture": "growing mixture", "sequential": "one LoRA in sequence", "joint": "one LoRA on all at once"}
 
@@ -157,17 +158,9 @@ def draw(results: dict, path: Path) -> None:
     figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
     for axis in axes:
         axis.set_xlabel("after training on", fontsize=8)
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format="png", dpi=150)
+    with whole_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=150)
     plt.close(figure)
-    os.replace(partial, path)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _mean_perplexity(mean_nll: dict[str, float]) -> float:

@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from dylo_moe.base_model import resolve_model_name
 from dylo_moe.equivalence_loop import lora_layers, scaling_of
+from foundation.base_model import resolve_model_name
 
 # Unequal on purpose: rank, alpha, and how the rank scales. A fault that swaps or averages them cannot hide.
 RANDOM_EXPERTS = {

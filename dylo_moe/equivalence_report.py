@@ -2,10 +2,8 @@
 
 import json
 import math
-import os
 import platform
 from dataclasses import asdict
-from pathlib import Path
 
 import peft
 import torch
@@ -91,16 +89,6 @@ def as_json(source: Source, results: list[Result], benchmark: object | None = No
     if benchmark is not None:
         content["benchmark"] = benchmark
     return json.dumps(content, indent=2, allow_nan=False)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _finite(row: dict) -> dict:

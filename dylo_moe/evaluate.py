@@ -17,19 +17,20 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
-from dylo_moe.base_identity import BaseIdentity
-from dylo_moe.base_model import Quantization, load_base_model
-from dylo_moe.checkpoints import BASE, check_base, write_json
-from dylo_moe.downloads import DownloadError
 from dylo_moe.first_mixture import MIXTURE, SETTINGS
 from dylo_moe.humaneval import Outcome, complete_problems, load_problems, run_tests, write_samples
 from dylo_moe.lm_eval_tasks import find_tasks, run_tasks
 from dylo_moe.model import SETTINGS as GROWING_SETTINGS
 from dylo_moe.model import DyLoRA_MoE
-from dylo_moe.options import OptionParser
-from dylo_moe.packing import keeps_documents_apart
-from dylo_moe.perplexity import measure_blocks
 from dylo_moe.training_data import DataConfig, prepare
+from foundation.base_identity import BaseIdentity
+from foundation.base_model import Quantization, load_base_model
+from foundation.checkpoints import BASE, check_base
+from foundation.downloads import DownloadError
+from foundation.options import OptionParser
+from foundation.packing import keeps_documents_apart
+from foundation.perplexity import measure_blocks
+from foundation.whole_files import write_json
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,6 @@
 Shape letters: D domains, L decoder blocks, E experts.
 """
 
-import os
 import re
 from pathlib import Path
 
@@ -11,7 +10,8 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from dylo_moe.batches import batches_of
+from foundation.batches import batches_of
+from foundation.whole_files import whole_file
 
 BLOCK = re.compile(r"\.(\d+)(\.|$)")
 
@@ -22,7 +22,7 @@ def usage_by_block(model, blocks: Dataset, *, batch_size: int = 8) -> np.ndarray
 
     Args:
         model: a PeftModel with an attached router.
-        blocks: rows as `dylo_moe.batches.collate` takes them, all of one kind.
+        blocks: rows as `foundation.batches.collate` takes them, all of one kind.
         batch_size: rows at once.
 
     Returns:
@@ -78,7 +78,6 @@ def draw_usage(usage: dict[str, np.ndarray], expert_names: list[str], path: Path
     np.atleast_1d(axes)[0].set_ylabel("decoder block")
     figure.colorbar(image, ax=axes, label="share of tokens", format=lambda share, _: f"{100 * share:.0f} %")
     figure.suptitle("Experts used, in % of each domain's held-out tokens")
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format="png", dpi=150)
+    with whole_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=150)
     plt.close(figure)
-    os.replace(partial, path)

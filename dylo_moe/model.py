@@ -14,7 +14,6 @@ Shape letters: B sequences, L tokens, E experts.
 """
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,12 +24,13 @@ from peft import MoELoraConfig, PeftModelForCausalLM
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from dylo_moe.base_identity import BaseIdentity
-from dylo_moe.base_model import resolve_model_name
 from dylo_moe.experts import ExpertManager
 from dylo_moe.router import DynamicHybridRouter, HybridRouterConfig
 from dylo_moe.skills import SkillLibrary
 from dylo_moe.target_modules import find_target_modules, has_transposed_weights
+from foundation.base_identity import BaseIdentity
+from foundation.base_model import resolve_model_name
+from foundation.whole_files import write_json
 
 SETTINGS = "dylora.json"
 FORMAT = 1
@@ -272,9 +272,7 @@ class DyLoRA_MoE(PeftModelForCausalLM):
             "top_k": self.router.wanted_top_k,
             "frozen": self.experts.frozen,
         }
-        partial = folder / f"{SETTINGS}.partial"
-        partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, folder / SETTINGS)
+        write_json(folder / SETTINGS, settings)
         self.skills.save(folder)
 
     @classmethod

@@ -8,13 +8,14 @@ on what the gates below decided, so the blocks are run again after each fit, a f
 Shape letters: N blocks, L tokens in a block, T tokens, I width of a gate's input, E experts.
 """
 
-import os
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from foundation.whole_files import whole_file
 
 ROUNDS = 3
 FILE = "replay.safetensors"
@@ -43,8 +44,8 @@ class RouterReplay:
 
     def save(self, folder: Path) -> None:
         """Write `replay.safetensors`, whole or not at all."""
-        save_file(self.blocks, folder / f"{FILE}.partial")
-        os.replace(folder / f"{FILE}.partial", folder / FILE)
+        with whole_file(folder / FILE) as partial:
+            save_file(self.blocks, partial)
 
     @classmethod
     def load(cls, folder: Path) -> "RouterReplay":

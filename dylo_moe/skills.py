@@ -9,7 +9,6 @@ Shape letters: S skills, N blocks, L tokens, H hidden size.
 """
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -20,6 +19,8 @@ from datasets import Dataset
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from foundation.whole_files import whole_file, write_json
 
 LIST, TENSORS = "skills.json", "skills.safetensors"
 FORMAT = 1
@@ -138,11 +139,9 @@ class SkillLibrary:
         tensors = {f"embedding.{i}": self._embeddings[name].contiguous() for i, name in enumerate(self._skills)}
         if self.background_2H is not None:
             tensors["background"] = self.background_2H.contiguous()
-        save_file(tensors, folder / f"{TENSORS}.partial")
-        os.replace(folder / f"{TENSORS}.partial", folder / TENSORS)
-        listed = {"format": FORMAT, "skills": [asdict(skill) for skill in self]}
-        (folder / f"{LIST}.partial").write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
-        os.replace(folder / f"{LIST}.partial", folder / LIST)
+        with whole_file(folder / TENSORS) as partial:
+            save_file(tensors, partial)
+        write_json(folder / LIST, {"format": FORMAT, "skills": [asdict(skill) for skill in self]})
 
     @classmethod
     def load(cls, folder: str | Path) -> "SkillLibrary":

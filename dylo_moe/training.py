@@ -12,18 +12,18 @@ from datasets import Dataset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from dylo_moe.base_identity import BaseIdentity
-from dylo_moe.batches import TurnTakingSampler, collate
-from dylo_moe.checkpoints import (
+from dylo_moe.routing_watch import RoutingWatch
+from foundation.base_identity import BaseIdentity
+from foundation.batches import TurnTakingSampler, collate
+from foundation.checkpoints import (
     MarkCompleteCheckpoints,
     check_base,
     newest_complete,
     remove_incomplete,
     save_base_identity,
-    write_json,
 )
-from dylo_moe.packing import IGNORED_LABEL
-from dylo_moe.routing_watch import RoutingWatch
+from foundation.packing import IGNORED_LABEL
+from foundation.whole_files import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +183,7 @@ def train_adapter(
 
     Args:
         model: a PeftModel; changed in place.
-        rows: what `dylo_moe.batches.collate` makes batches of.
+        rows: what `foundation.batches.collate` makes batches of.
         config: steps, batch, learning rate.
         folder: receives the adapter, and checkpoints while training runs.
         sampler: order of the rows; shuffled by default.

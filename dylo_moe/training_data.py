@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 from datasets import Dataset
 
-from dylo_moe.data import DOMAINS, Part, load_documents
 from dylo_moe.instruction_data import encode_examples, is_instruction
-from dylo_moe.packing import IGNORED_LABEL, pack_apart, pack_documents
+from foundation.data import DOMAINS, Part, load_documents
+from foundation.packing import IGNORED_LABEL, pack_apart, pack_documents
 
 logger = logging.getLogger(__name__)
 

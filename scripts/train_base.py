@@ -1,7 +1,7 @@
-"""Train the small Llama-type base model that is committed in dylo_moe/base.
+"""Train the small Llama-type base model that is committed in foundation/base.
 
-    python scripts/train_base_tokenizer.py --output dylo_moe/base
-    python scripts/train_base.py --steps 2400 --run_folder runs/base --output dylo_moe/base
+    python scripts/train_base_tokenizer.py --output foundation/base
+    python scripts/train_base.py --steps 2400 --run_folder runs/base --output foundation/base
 
 The report beside the weights (training_report.json) holds the options of the committed run, how long it took and what
 it reached. On a CPU with AMX, --bf16 True --compile True make it several times faster. With other work on the same
@@ -30,10 +30,10 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, LlamaConfig, LlamaForCausalLM
 
-from dylo_moe.allocator import keep_freed_memory
-from dylo_moe.domains import DOMAINS
-from dylo_moe.packing import token_stream
-from dylo_moe.perplexity import measure_texts
+from foundation.allocator import keep_freed_memory
+from foundation.domains import DOMAINS
+from foundation.packing import token_stream
+from foundation.perplexity import measure_texts
 
 logger = logging.getLogger("train_base")
 
@@ -46,7 +46,7 @@ QUICK_BLOCKS = 16  # of each domain's validation text, measured while training r
 class BaseTrainingConfig:
     run_folder: str = field(metadata={"help": "Folder of the checkpoint; a run found there is continued."})
     output: str = field(
-        default="dylo_moe/base",
+        default="foundation/base",
         metadata={"help": "Folder that holds the tokenizer and receives the model and its report."},
     )
     steps: int = field(default=2400, metadata={"help": "Optimiser steps in all, those of earlier runs included."})

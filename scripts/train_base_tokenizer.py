@@ -1,6 +1,6 @@
 """Train the byte-level BPE tokenizer of the committed base model on the three domains.
 
-    python scripts/train_base_tokenizer.py --output dylo_moe/base
+    python scripts/train_base_tokenizer.py --output foundation/base
 
 Numbers are cut into single digits (arithmetic is learnt far more easily so), and each domain gives the same number of
 characters, so that no domain's words crowd out another's.
@@ -13,7 +13,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from dylo_moe.domains import DOMAINS
+from foundation.domains import DOMAINS
 
 VOCABULARY = 4096
 CONTEXT = 512  # tokens; what the base model is trained with

@@ -5,7 +5,7 @@ import pytest
 
 from benchmarks import engine
 from benchmarks.__main__ import command_of, main, part_names, setting_of
-from benchmarks.engine import held_parts, run_part, write_whole
+from benchmarks.engine import held_parts, run_part
 from benchmarks.machine import machine, measured_code, supports
 from benchmarks.models import SIZES, Setting
 from benchmarks.report import as_markdown, write_report
@@ -204,18 +204,6 @@ def test_the_command_that_is_told_repeats_the_run():
     assert command_of(setting_of("cpu", "bfloat16"), 15) == "python -m benchmarks --device cpu --dtype bfloat16"
     assert command_of(TINY, 7) == "python -m benchmarks --device cpu --dtype float32 --size tiny --rounds 7"
     assert setting_of("cuda", "bfloat16").size == SIZES["large"]
-
-
-def test_a_file_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
-    write_whole(tmp_path / "a", "old")
-
-    def broken(source, target):
-        raise OSError("full")
-
-    monkeypatch.setattr("os.replace", broken)
-    with pytest.raises(OSError, match="full"):
-        write_whole(tmp_path / "a", "new")
-    assert (tmp_path / "a").read_text() == "old"
 
 
 def test_the_machine_is_named_with_its_versions():

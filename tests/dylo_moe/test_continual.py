@@ -113,8 +113,8 @@ def test_the_saved_mixture_is_the_one_that_was_measured(finished, sources, tiny_
     assert [skill.expert for skill in model.skills] == ["expert_0", "expert_1", "expert_2"]
     assert model.experts.frozen == ["expert_0", "expert_1", "expert_2"]
     config = config_of(tiny_base, output, results["visits"])
-    from dylo_moe.base_model import load_base_model
-    from dylo_moe.perplexity import measure_blocks
+    from foundation.base_model import load_base_model
+    from foundation.perplexity import measure_blocks
 
     text = continual._read(sources["code"], load_base_model(tiny_base)[1], config)
     assert measure_blocks(model, text.test).mean_nll == results["mean_nll"]["mixture"][-1][sources["code"]]

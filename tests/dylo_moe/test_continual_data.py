@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from dylo_moe.base_model import load_base_model
 from dylo_moe.continual_data import read_skill, spread
+from foundation.base_model import load_base_model
 
 SIZES = {"calibration_blocks": 4, "test_blocks": 3, "block_size": 16}
 

@@ -103,8 +103,8 @@ def test_without_a_comparison_no_lora_is_trained_and_the_table_still_stands(tiny
 
 
 def test_documents_are_kept_apart_unless_told_otherwise(tiny_base, caplog):
-    from dylo_moe.base_model import load_base_model
     from dylo_moe.training_data import DataConfig
+    from foundation.base_model import load_base_model
 
     base, _ = load_base_model(tiny_base)
     assert first_mixture._documents_kept_apart(base, DataConfig())
@@ -113,8 +113,8 @@ def test_documents_are_kept_apart_unless_told_otherwise(tiny_base, caplog):
 
 
 def test_a_base_that_cannot_keep_documents_apart_is_said(monkeypatch, tiny_base, caplog):
-    from dylo_moe.base_model import load_base_model
     from dylo_moe.training_data import DataConfig
+    from foundation.base_model import load_base_model
 
     base, _ = load_base_model(tiny_base)
     monkeypatch.setattr(first_mixture, "keeps_documents_apart", lambda model: False)

@@ -7,8 +7,8 @@ import types
 import pytest
 
 from dylo_moe import humaneval
-from dylo_moe.base_model import load_base_model
 from dylo_moe.humaneval import Outcome, complete_problems, cut_at_stop, load_problems, run_tests, write_samples
+from foundation.base_model import load_base_model
 
 PROBLEMS = [
     {

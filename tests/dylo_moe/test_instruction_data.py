@@ -3,9 +3,9 @@
 import pytest
 from transformers import AutoTokenizer
 
-from dylo_moe.base_model import COMMITTED_FOLDER
 from dylo_moe.instruction_data import encode_conversation, encode_examples, is_instruction, with_chat_template
-from dylo_moe.packing import IGNORED_LABEL
+from foundation.base_model import COMMITTED_FOLDER
+from foundation.packing import IGNORED_LABEL
 
 CHAT = [
     {"role": "system", "content": "Be brief."},

@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
-from dylo_moe.base_model import load_base_model
 from dylo_moe.lm_eval_tasks import find_tasks, run_tasks
+from foundation.base_model import load_base_model
 
 QUESTIONS = [("Two and two?", "four", "nine"), ("The sea is", "wet", "square"), ("A cat is", "an animal", "a number")]
 

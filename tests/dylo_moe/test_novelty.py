@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from dylo_moe.base_model import load_base_model
 from dylo_moe.continual_data import spread
-from dylo_moe.data import load_documents
 from dylo_moe.novelty import NoveltyDetector, batch_means
-from dylo_moe.packing import pack_documents
 from dylo_moe.skills import SkillLibrary, embed_blocks, measure_background
+from foundation.base_model import load_base_model
+from foundation.data import load_documents
+from foundation.packing import pack_documents
 
 
 def cloud(direction: list[float], count: int, *, seed: int, noise: float = 0.3) -> torch.Tensor:

@@ -10,9 +10,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.trainer_pt_utils import LabelSmoother
 
 from dylo_moe import training
-from dylo_moe.batches import collate
-from dylo_moe.packing import IGNORED_LABEL
 from dylo_moe.training import RoutedTrainer, TrainingConfig, smoothing_term, train_adapter, training_arguments
+from foundation.batches import collate
+from foundation.packing import IGNORED_LABEL
 
 VOCABULARY = 50
 

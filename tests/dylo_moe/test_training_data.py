@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from dylo_moe.base_model import load_base_model
 from dylo_moe.data_report import as_text, count_data
-from dylo_moe.packing import IGNORED_LABEL
 from dylo_moe.training_data import DataConfig, prepare
+from foundation.base_model import load_base_model
+from foundation.packing import IGNORED_LABEL
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ it has been written; a folder without that list, or whose files differ from it, 
 
 import json
 import logging
-import os
 import re
 import shutil
 from pathlib import Path
@@ -15,7 +14,8 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
-from dylo_moe.base_identity import BaseIdentity
+from foundation.base_identity import BaseIdentity
+from foundation.whole_files import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -92,17 +92,10 @@ def check_base(folder: Path, found: BaseIdentity) -> None:
             raise ValueError(f"{folder}: {other}") from other
 
 
-def write_json(path: Path, content) -> None:
-    """Write a JSON file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2), encoding="utf-8")
-    os.replace(partial, path)
-
-
 def _sizes(checkpoint: Path) -> dict[str, int]:
     files = (path for path in checkpoint.rglob("*") if path.is_file())
     return {
         path.relative_to(checkpoint).as_posix(): path.stat().st_size
         for path in sorted(files)
-        if path.name not in (COMPLETE, COMPLETE + ".partial")
+        if path.name != COMPLETE and path.suffix != ".partial"
     }

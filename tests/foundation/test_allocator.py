@@ -5,7 +5,7 @@ import platform
 
 import pytest
 
-from dylo_moe.allocator import keep_freed_memory
+from foundation.allocator import keep_freed_memory
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")

@@ -23,7 +23,7 @@ from pathlib import Path
 from random import Random
 from typing import Literal
 
-from dylo_moe.downloads import PinnedFile, fetch
+from foundation.downloads import PinnedFile, fetch
 
 logger = logging.getLogger(__name__)
 

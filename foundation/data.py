@@ -1,11 +1,11 @@
 """The one door to text: the built-in domains, a user's own files, and hub datasets all come in here.
 
-    load_documents("prose", "train")             # built in: prose, code, math (dylo_moe/domains.py says what they are)
+    load_documents("prose", "train")             # built in: prose, code, math (see foundation/domains.py)
     load_documents("notes.jsonl", "validation")  # .jsonl, .parquet, .txt, .md, .py, or a folder of these
     load_documents("owner/name:subset", "test")  # a dataset of the Hugging Face hub
 
 Every document is one row with its `text`; where the source has them, `prompt` and `response` or `messages` stay beside
-it. `python -m dylo_moe.data` fetches all that the built-in domains need, once; afterwards no network is used.
+it. `python -m foundation.data` fetches all that the built-in domains need, once; afterwards no network is used.
 """
 
 import argparse
@@ -21,9 +21,9 @@ from typing import Any, Literal, get_args
 from datasets import Dataset, get_dataset_split_names, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 
-from dylo_moe.domains import DOMAINS, SPLITS, Split, split_of
-from dylo_moe.downloads import DownloadError, cache_folder
-from dylo_moe.packing import pack_documents
+from foundation.domains import DOMAINS, SPLITS, Split, split_of
+from foundation.downloads import DownloadError, cache_folder
+from foundation.packing import pack_documents
 
 __all__ = ["DOMAINS", "SPLITS", "load_documents", "pack_documents"]
 
@@ -266,7 +266,7 @@ def _joined(prompt: str, response: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     argparse.ArgumentParser(
-        prog="python -m dylo_moe.data", description="Fetch the text of the built-in domains into the cache folder."
+        prog="python -m foundation.data", description="Fetch the text of the built-in domains into the cache folder."
     ).parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)

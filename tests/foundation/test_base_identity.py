@@ -6,7 +6,7 @@ import pytest
 import torch
 from dylora_testing import tiny_llama
 
-from dylo_moe.base_identity import BaseIdentity
+from foundation.base_identity import BaseIdentity
 
 
 def test_it_comes_back_from_json_as_it_was():

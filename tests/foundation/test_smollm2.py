@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from dylo_moe import smollm2
-from dylo_moe.downloads import DownloadError
-from dylo_moe.smollm2 import PROMPT, answer, fetch_smollm2, main, smollm2_folder
+from foundation import smollm2
+from foundation.downloads import DownloadError
+from foundation.smollm2 import PROMPT, answer, fetch_smollm2, main, smollm2_folder
 
 
 @pytest.fixture

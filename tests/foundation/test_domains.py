@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from dylo_moe.domains import (
+from foundation.domains import (
     DOMAINS,
     REASONING_GYM_VERSION,
     SPLITS,
@@ -69,7 +69,7 @@ def test_math_is_the_same_on_every_machine(documents):
 
 def test_math_does_not_depend_on_the_hash_seed_of_the_process(documents):
     program = (
-        "import hashlib; from dylo_moe.domains import math_documents;"
+        "import hashlib; from foundation.domains import math_documents;"
         "print(hashlib.sha256(''.join(d['text'] for d in math_documents('test')).encode()).hexdigest())"
     )
     elsewhere = subprocess.run(

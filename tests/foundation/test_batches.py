@@ -5,8 +5,8 @@ from collections import Counter
 import pytest
 import torch
 
-from dylo_moe.batches import TurnTakingSampler, collate
-from dylo_moe.packing import IGNORED_LABEL
+from foundation.batches import TurnTakingSampler, collate
+from foundation.packing import IGNORED_LABEL
 
 
 def padded_row(length):

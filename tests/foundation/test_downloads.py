@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from dylo_moe import downloads
-from dylo_moe.downloads import DownloadError, PinnedFile, cache_folder, fetch
+from foundation import downloads
+from foundation.downloads import DownloadError, PinnedFile, cache_folder, fetch
 
 CONTENT = b'{"a": 1}' * 1000
 

@@ -1,7 +1,7 @@
 """Find a base model by name: the committed one, SmolLM2-135M from a package, a local folder, or a hub model.
 
 model, tokenizer = load_base_model()                   # the small committed base, no network
-model, tokenizer = load_base_model("smollm2-135m")     # converted once by `python -m dylo_moe.smollm2`
+model, tokenizer = load_base_model("smollm2-135m")     # converted once by `python -m foundation.smollm2`
 model, tokenizer = load_base_model("owner/name")       # anything transformers can load
 """
 
@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dylo_moe.smollm2 import smollm2_folder
+from foundation.smollm2 import smollm2_folder
 
 Quantization = Literal["none", "8bit", "4bit"]
 
@@ -51,7 +51,7 @@ def resolve_model_name(name: str | Path = COMMITTED) -> str:
         if not folder.exists():
             raise FileNotFoundError(
                 f"{SMOLLM2} is not in the cache ({folder}). Fetch and convert it once with: make smollm2 "
-                "(or python -m dylo_moe.smollm2)."
+                "(or python -m foundation.smollm2)."
             )
         return _model_folder(folder)
     path = Path(text).expanduser()

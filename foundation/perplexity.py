@@ -14,8 +14,8 @@ import torch
 from datasets import Dataset
 from torch.nn.functional import cross_entropy
 
-from dylo_moe.batches import batches_of
-from dylo_moe.packing import IGNORED_LABEL, pack_documents
+from foundation.batches import batches_of
+from foundation.packing import IGNORED_LABEL, pack_documents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ def measure_blocks(model, blocks: Dataset, *, batch_size: int = 8) -> HeldOutLos
 
     Args:
         model: any causal language model of transformers, with or without PEFT adapters.
-        blocks: rows as `dylo_moe.batches.collate` takes them, all of one kind; labels of -100 do not count.
+        blocks: rows as `foundation.batches.collate` takes them, all of one kind; labels of -100 do not count.
         batch_size: blocks at once.
 
     Raises:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from dylo_moe.base_model import COMMITTED_FOLDER
+from foundation.base_model import COMMITTED_FOLDER
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train_base.py"
 TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}

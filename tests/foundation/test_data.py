@@ -8,9 +8,9 @@ import pytest
 from datasets import Dataset
 from datasets.exceptions import DatasetNotFoundError
 
-from dylo_moe import data
-from dylo_moe.data import SPLITS, load_documents, main
-from dylo_moe.downloads import DownloadError
+from foundation import data
+from foundation.data import SPLITS, load_documents, main
+from foundation.downloads import DownloadError
 
 LINES = [{"text": f"document number {n}"} for n in range(400)]
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 import pytest
 
-from dylo_moe.options import OptionParser, names_option, read_yaml_options
+from foundation.options import OptionParser, names_option, read_yaml_options
 
 
 @dataclass(kw_only=True)

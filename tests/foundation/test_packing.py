@@ -17,9 +17,9 @@ from transformers import (
     MambaForCausalLM,
 )
 
-from dylo_moe.base_model import COMMITTED_FOLDER
-from dylo_moe.batches import collate
-from dylo_moe.packing import IGNORED_LABEL, keeps_documents_apart, pack_apart, pack_documents, token_stream
+from foundation.base_model import COMMITTED_FOLDER
+from foundation.batches import collate
+from foundation.packing import IGNORED_LABEL, keeps_documents_apart, pack_apart, pack_documents, token_stream
 
 TOKENIZER = AutoTokenizer.from_pretrained(COMMITTED_FOLDER)
 

@@ -7,11 +7,11 @@ import sys
 import pytest
 import torch
 
-from dylo_moe import base_model
-from dylo_moe.allocator import keep_freed_memory
-from dylo_moe.base_model import COMMITTED_FOLDER, load_base_model, resolve_model_name
-from dylo_moe.data import load_documents
-from dylo_moe.perplexity import measure_texts
+from foundation import base_model
+from foundation.allocator import keep_freed_memory
+from foundation.base_model import COMMITTED_FOLDER, load_base_model, resolve_model_name
+from foundation.data import load_documents
+from foundation.perplexity import measure_texts
 
 # Held-out perplexity of the first 16 validation blocks that the committed base must stay below. An untrained one is
 # near 4096; the questions of math are of templates that no training document follows, which is why it is the hardest.

@@ -8,9 +8,9 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from dylo_moe.base_model import COMMITTED_FOLDER
-from dylo_moe.packing import IGNORED_LABEL, pack_apart, pack_documents
-from dylo_moe.perplexity import measure_blocks, measure_texts
+from foundation.base_model import COMMITTED_FOLDER
+from foundation.packing import IGNORED_LABEL, pack_apart, pack_documents
+from foundation.perplexity import measure_blocks, measure_texts
 
 TOKENIZER = AutoTokenizer.from_pretrained(COMMITTED_FOLDER)
 TEXTS = ["The cat sat on the mat.", "def add(a, b):\n    return a + b\n", "Question: 2 + 2?\nAnswer: 4"]

@@ -14,7 +14,7 @@ from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from dylo_moe.packing import IGNORED_LABEL
+from foundation.packing import IGNORED_LABEL
 
 
 def collate(rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor | bool]:
