@@ -44,5 +44,6 @@ def sparse_pays(num_tokens: int, ranks: list[int], kept: Optional[int], dtype: t
     """
     if kept is None or num_tokens == 0 or device != "cpu" or dtype.itemsize < 4 or torch.compiler.is_compiling():
         return False
-    all_over_kept = sum(ranks) / (kept * max(ranks))
-    return all_over_kept >= (16 if num_tokens >= MANY_TOKENS else 32)
+    if len(set(ranks)) > 1:
+        return False
+    return len(ranks) / kept >= (16 if num_tokens >= MANY_TOKENS else 32)

@@ -16,22 +16,25 @@
     stacked:  result + ((x A^T) * per_rank(w)) B^T      A, B: the experts' factors side by side
     sparse:   result + sum over the kept experts of w_e (x A_e^T) B_e^T, each expert with its own tokens
 
-The stacked form is two matrix products however many experts there are. The sparse form sorts the tokens by expert; its
-arithmetic grows with the experts kept for a token, not with the experts held.
+The stacked form is two matrix products however many experts there are. The sparse form sorts the tokens by expert, so
+that each expert multiplies a segment of them; its arithmetic grows with the experts kept for a token, not with the
+experts held.
 
 The backward passes are written out, for three reasons. The concatenated factors are made again there instead of being
 kept. Of the forward, only the layer's input, the small hidden `x A^T` and the weights are kept. And the gradient of the
 input comes from one product for all experts and the gate, where autograd would add up one tensor of the input's size
 for each.
 
-Shape letters: T tokens, I inputs, O outputs, E experts, K experts kept, R sum of ranks, S scores of a gate.
+Shape letters: T tokens, I inputs, O outputs, E experts, K experts kept, N = T K rows sorted by expert, R sum of
+ranks, S scores of a gate.
 """
 
 from __future__ import annotations
 
-from typing import Any, Iterator, Optional, Sequence
+from typing import Any, Optional, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
@@ -86,7 +89,7 @@ def add_sparse(
     kept: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The base layer's result plus the update of each token's kept experts.
+    """The base layer's result plus the update of each token's kept experts, all of one rank.
 
     Args:
         result, x: `[..., O]` and `[..., I]`.
@@ -194,64 +197,75 @@ class _AddSparse(Function):
     def forward(
         ctx: Any, result: Tensor, x: Tensor, weights: Tensor, kept: int, dtype: torch.dtype, *factors: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(x, weights, *factors)
-        ctx.kept, ctx.dtype = kept, dtype
-        flat = x.reshape(-1, x.shape[-1])
-        updated = result.reshape(-1, result.shape[-1]).to(torch.promote_types(result.dtype, dtype), copy=True)
-        for expert, tokens, expert_weights in _tokens_by_expert(weights, kept):
-            A, B = _factors_of(expert, factors, dtype)
-            hidden = (flat.index_select(0, tokens).to(dtype) @ A.t()) * expert_weights.to(dtype)
-            # a token meets an expert once, so that its row can be read, added to and put back
-            updated.index_copy_(0, tokens, _add_product(updated.index_select(0, tokens), hidden, B.t()))
-        return updated.to(result.dtype).reshape(result.shape)
+        values_TK, experts_TK = weights.topk(kept, dim=-1, sorted=False)
+        order_N, places_TK, sizes = _sort_by_expert(experts_TK, weights.shape[1])
+        A, B = _factors_of(factors, dtype)
+        inputs = _flat(x, x.dtype).index_select(0, order_N // kept).to(dtype)
+        hidden = _segment_products(inputs, [factor.t() for factor in A], sizes)
+        weighted = hidden * values_TK.flatten()[order_N].to(dtype).unsqueeze(1)
+        update = _segment_products(weighted, [factor.t() for factor in B], sizes)
+        ctx.save_for_backward(x, weights, experts_TK, order_N, places_TK, hidden, *factors)
+        ctx.dtype, ctx.sizes = dtype, sizes
+        updated = F.embedding_bag(places_TK, update, mode="sum").to(torch.promote_types(result.dtype, dtype))
+        return updated.add_(_flat(result, result.dtype)).to(result.dtype).reshape(result.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Optional[Tensor], ...]:
-        x, weights, *factors = ctx.saved_tensors
+        x, weights, experts_TK, order_N, places_TK, hidden, *factors = ctx.saved_tensors
         needs_result, needs_x, needs_weights, _, _, *needs_factors = ctx.needs_input_grad
-        flat, grad_flat = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-        grad_x = torch.zeros_like(flat, dtype=ctx.dtype) if needs_x else None
-        grad_weights = torch.zeros_like(weights) if needs_weights else None
-        grad_factors = [torch.zeros_like(f) if needed else None for f, needed in zip(factors, needs_factors)]
-        num_experts = weights.shape[1]
-        for expert, tokens, expert_weights in _tokens_by_expert(weights, ctx.kept):
-            A, B = _factors_of(expert, factors, ctx.dtype)
-            inputs = flat.index_select(0, tokens).to(ctx.dtype)
-            grad_update = grad_flat.index_select(0, tokens).to(ctx.dtype)
-            expert_weights = expert_weights.to(ctx.dtype)
-            hidden, grad_weighted = inputs @ A.t(), grad_update @ B
-            grad_hidden = grad_weighted * expert_weights
-            if needs_x:
-                rows = grad_x.index_select(0, tokens)
-                grad_x.index_copy_(0, tokens, _add_product(rows, grad_hidden, A))
-            if needs_weights:
-                by_token = (grad_weighted * hidden).sum(dim=1).to(weights.dtype)
-                grad_weights[:, expert].index_copy_(0, tokens, by_token)
-            if needs_factors[expert]:
-                grad_factors[expert].copy_(grad_hidden.t() @ inputs)
-            if needs_factors[num_experts + expert]:
-                grad_factors[num_experts + expert].copy_(grad_update.t() @ (hidden * expert_weights))
-        grad_x = grad_x.to(x.dtype).reshape(x.shape) if needs_x else None
+        dtype, sizes = ctx.dtype, ctx.sizes
+        A, B = _factors_of(factors, dtype)
+        tokens_N = order_N // experts_TK.shape[1]
+        values = weights.gather(1, experts_TK).flatten()[order_N].to(dtype).unsqueeze(1)
+        inputs = _flat(x, x.dtype).index_select(0, tokens_N).to(dtype)
+        if torch.is_grad_enabled():  # what was saved is a constant to second derivatives
+            hidden = _segment_products(inputs, [factor.t() for factor in A], sizes)
+        grad_update = _flat(grad, grad.dtype).index_select(0, tokens_N).to(dtype)
+        grad_weighted = _segment_products(grad_update, B, sizes)
+        grad_hidden = grad_weighted * values
+        grad_x = grad_weights = None
+        if needs_x:
+            grad_x = F.embedding_bag(places_TK, _segment_products(grad_hidden, A, sizes), mode="sum")
+            grad_x = grad_x.to(x.dtype).reshape(x.shape)
+        if needs_weights:
+            grad_values = (grad_weighted * hidden).sum(dim=1).to(weights.dtype)
+            grad_weights = torch.zeros_like(weights).scatter(1, experts_TK, grad_values[places_TK])
+        pairs = [*zip(grad_hidden.split(sizes), inputs.split(sizes))]
+        pairs += zip(grad_update.split(sizes), (hidden * values).split(sizes))
+        grad_factors = [
+            (left.t() @ right).to(factor.dtype) if needed else None
+            for (left, right), factor, needed in zip(pairs, factors, needs_factors)
+        ]
         return grad if needs_result else None, grad_x, grad_weights, None, None, *grad_factors
 
 
-def _tokens_by_expert(weights_TE: Tensor, kept: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Each expert that some token keeps: its column, those tokens, and their weights for it, `[tokens, 1]`."""
-    values_TK, experts_TK = weights_TE.topk(kept, dim=-1, sorted=False)
-    order = experts_TK.flatten().argsort(stable=True)
-    counts = torch.bincount(experts_TK.flatten(), minlength=weights_TE.shape[1]).tolist()
-    hit = [expert for expert, count in enumerate(counts) if count]
-    sizes = [counts[expert] for expert in hit]
-    tokens, values = order // kept, values_TK.flatten()[order].unsqueeze(-1)
-    return zip(hit, tokens.split(sizes), values.split(sizes))
+def _sort_by_expert(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, list[int]]:
+    """Sort the choices of all tokens by expert.
+
+    Returns:
+        Which choice lies in each row, `[N]`; in which row each choice lies, `[T, K]`; how many rows each expert has.
+    """
+    experts_N = experts_TK.flatten()
+    order_N = experts_N.argsort(stable=True)
+    places_N = torch.empty_like(order_N)
+    places_N[order_N] = torch.arange(len(order_N), device=order_N.device)
+    return order_N, places_N.view(experts_TK.shape), torch.bincount(experts_N, minlength=num_experts).tolist()
 
 
-def _factors_of(expert: int, factors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return factors[expert].to(dtype), factors[len(factors) // 2 + expert].to(dtype)
+def _segment_products(left_NF: Tensor, right: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    """Each expert's rows times its own factor `[F, G]`; `[N, G]`."""
+    segments = left_NF.split(sizes)
+    if torch.is_grad_enabled():
+        return torch.cat([rows @ factor for rows, factor in zip(segments, right)])
+    product = left_NF.new_empty(len(left_NF), right[0].shape[1])
+    for rows, factor, place in zip(segments, right, product.split(sizes)):
+        torch.mm(rows, factor, out=place)
+    return product
 
 
-def _add_product(rows: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    return torch.addmm(rows, left, right) if rows.dtype == left.dtype else rows + left @ right
+def _factors_of(factors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    factors = [factor if factor.dtype == dtype else factor.to(dtype) for factor in factors]
+    return factors[: len(factors) // 2], factors[len(factors) // 2 :]
 
 
 def _flat(x: Tensor, dtype: torch.dtype) -> Tensor:

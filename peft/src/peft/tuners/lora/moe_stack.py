@@ -136,11 +136,12 @@ class _HeldStack:
             rows = [torch.cat(parts.rows)] if parts.rows else []
             if gate is not None:
                 rows = [torch.cat([*rows, gate.to(parts.dtype)])]
-            columns = [part * scaling for part, scaling in zip(parts.columns, parts.scalings)]
+            # Laid out as [ranks, out_features], where each expert's share is contiguous.
+            columns = torch.cat([part.t() * scaling for part, scaling in zip(parts.columns, parts.scalings)]).t()
             bias = parts.bias
             if bias is not None:
                 bias = torch.stack([row * scaling for row, scaling in zip(bias, parts.scalings)])
-            self.stack = parts._replace(rows=rows, columns=[torch.cat(columns, dim=1)], bias=bias, scalings=None)
+            self.stack = parts._replace(rows=rows, columns=[columns], bias=bias, scalings=None)
 
     def still_holds(self, layer: nn.Module, names: list[str], gate: Optional[Tensor]) -> bool:
         if names != self.names or gate is not self.gate or layer.scaling != self.scaling or layer.r != self.ranks:
