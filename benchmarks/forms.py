@@ -9,7 +9,7 @@ from benchmarks.measure import forward_of, measure, step_of
 from benchmarks.models import Setting, make_base, random_tokens
 from benchmarks.ways import routed
 
-EXPERTS = (16, 32, 64)
+EXPERTS = (8, 16, 32, 64)
 TOKENS = (1, 32, 512)
 FORMS = {"stacked": False, "sparse": True}
 

@@ -13,8 +13,10 @@
 # limitations under the License.
 """`MoELoraConfig` and what a mixture can do: made from nothing or from trained adapters, changed, saved, frozen."""
 
+import ast
 import copy
 import json
+import re
 
 import pytest
 import torch
@@ -36,6 +38,8 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForSequenceClassification,
+    OlmoeConfig,
+    OlmoeForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -1000,3 +1004,15 @@ def fail(*_):
 def test_an_initialisation_that_changes_the_base_weights_is_refused(init):
     with pytest.raises(ValueError, match=f"init_lora_weights='{init}' changes the base weights"):
         MoELoraConfig(num_experts=2, init_lora_weights=init)
+
+
+def test_all_linear_on_a_mixture_of_experts_names_the_modules_that_can_be_routed():
+    config = OlmoeConfig(
+        hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_experts=4, vocab_size=16
+    )
+    with pytest.raises(ValueError, match="cannot be routed.*fused experts") as refused:
+        get_peft_model(OlmoeForCausalLM(config), MoELoraConfig(num_experts=2, r=2, target_modules="all-linear"))
+    advised = re.search(r"target_modules=(\[.*\])", str(refused.value))[1]
+    assert ast.literal_eval(advised) == ["k_proj", "o_proj", "q_proj", "v_proj"]
+    mixture = MoELoraConfig(num_experts=2, r=2, target_modules=ast.literal_eval(advised))
+    assert get_peft_model(OlmoeForCausalLM(config), mixture)(torch.arange(3)[None]).logits.shape == (1, 3, 16)

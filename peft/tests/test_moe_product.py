@@ -218,7 +218,15 @@ def test_the_sparse_arithmetic_does_not_grow_with_the_number_of_experts():
 
 @pytest.mark.parametrize(
     "num_tokens, num_experts, taken",
-    [(1, 63, False), (1, 64, True), (511, 32, False), (512, 32, True), (512, 31, False)],
+    [
+        (1, 63, False),
+        (1, 64, True),
+        (31, 32, False),
+        (32, 32, True),
+        (511, 31, False),
+        (512, 16, True),
+        (512, 15, False),
+    ],
 )
 def test_the_sparse_form_is_taken_where_it_was_measured_to_win(num_tokens, num_experts, taken):
     assert sparse_pays(num_tokens, [16] * num_experts, 2, torch.float32, "cpu") == taken

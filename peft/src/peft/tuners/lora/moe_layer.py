@@ -133,10 +133,14 @@ def routed_forward(
     return (result + delta).to(result.dtype)
 
 
-def refuse_unroutable(layer: LoraLayer) -> None:
-    """Raise a `ValueError` if the layer, in the state it is in, has no routed forward; say what to do instead."""
-    _refuse_call(layer)
-    refuse_unstackable(layer, layer.active_adapters)
+def why_unroutable(layer: LoraLayer) -> Optional[str]:
+    """Why the layer, in the state it is in, has no routed forward, and what to do instead; None if it has one."""
+    try:
+        _refuse_call(layer)
+        refuse_unstackable(layer, layer.active_adapters)
+    except ValueError as refused:
+        return str(refused)
+    return None
 
 
 def _refuse_call(layer: LoraLayer, *, adapter_names=None, alora_offsets=None, **kwargs: Any) -> None:
@@ -153,7 +157,8 @@ def _refuse_call(layer: LoraLayer, *, adapter_names=None, alora_offsets=None, **
     if kind in ("ParamWrapper", "MultiheadAttention", "LoraParallelLinear"):
         raise ValueError(
             f"Layers of type {kind} (target_parameters, nn.MultiheadAttention, Megatron) apply LoRA to the weight and "
-            "cannot weigh it per token. Exclude these modules from the routed adapters."
+            "cannot weigh it per token. Exclude these modules from the routed adapters. Of a mixture-of-experts model, "
+            "'all-linear' adapts the fused experts and the gate as target_parameters: name the modules instead."
         )
     if layer.merged_adapters:
         raise ValueError(

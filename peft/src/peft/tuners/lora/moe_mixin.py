@@ -29,7 +29,7 @@ from torch import nn
 
 from .moe_context import RoutingContext, RoutingPort, is_encoder_decoder
 from .moe_freeze import freeze_routing
-from .moe_layer import RoutedLayerMixin, refuse_unroutable
+from .moe_layer import RoutedLayerMixin, why_unroutable
 from .moe_losses import router_losses, summarize
 from .moe_router import GateFactory, Router, RouterConfig, RouterSite, gate_key
 from .moe_sites import find_sites
@@ -66,7 +66,7 @@ class RoutedLoraMixin:
         active = next(iter(layers.values())).active_adapters if layers else []
         _check_explicit(weights, active)
         for layer in layers.values():
-            refuse_unroutable(layer)
+            why_unroutable(layer)
         held = {name for layer in layers.values() for name in (*layer.lora_A, *layer.lora_embedding_A)}
         if not held.issuperset(active):
             unknown = [name for name in active if name not in held]
@@ -318,8 +318,12 @@ class RoutedLoraMixin:
             for name, layer in self._adapted_layers().items()
             if any(expert in layer.lora_A or expert in layer.lora_embedding_A for expert in experts)
         }
-        for layer in layers.values():
-            refuse_unroutable(layer)
+        reasons = {name: reason for name, layer in layers.items() if (reason := why_unroutable(layer))}
+        if reasons:
+            name, reason = next(iter(reasons.items()))
+            modules = sorted({other.rpartition(".")[2] for other in layers if other not in reasons})
+            advice = f" The other modules can be routed: target_modules={modules}." if modules else ""
+            raise ValueError(f"'{name}' cannot be routed. {reason}{advice}")
         return layers
 
     def _active_experts(self) -> list[str]:

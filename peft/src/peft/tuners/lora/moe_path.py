@@ -13,11 +13,11 @@
 # limitations under the License.
 """The choice between the two ways to compute a routed linear layer; `moe_product.py` holds their arithmetic.
 
-The sparse form multiplies less, but sorts, gathers and runs one small product for each expert that is hit. In float32 on
-a CPU core it wins where all ranks are many times those a token keeps: with 64 experts at top-2 for any number of
-tokens, with 32 from some hundred tokens on. With 16 it loses in eval. In bfloat16 a CPU with AMX multiplies the large
-stacked factors by its tiles, and small products are slow. On a GPU the sparse form would wait for the counts of tokens
-and start hundreds of kernels; it was not measured there. Both keep the stacked form.
+The sparse form multiplies less, but sorts, gathers and runs one small product for each expert. In float32 on a CPU core
+it wins where there are many more experts than a token keeps: 8 times as many for some hundred tokens, 32 times as many
+for one. In bfloat16 a CPU with AMX multiplies the large stacked factors by its tiles, and small products are slow. On a
+GPU the sparse form would wait for the counts of tokens and start hundreds of kernels; it was not measured there. Both
+keep the stacked form.
 
 `python -m benchmarks --parts forms`, in the project this was written for, prints the figures.
 """
@@ -29,7 +29,8 @@ from typing import Optional
 import torch
 
 
-MANY_TOKENS = 512
+# How many times the kept experts there must be, by the tokens of a call.
+EXPERTS_OVER_KEPT = {512: 8, 32: 16, 1: 32}
 
 
 def sparse_pays(num_tokens: int, ranks: list[int], kept: Optional[int], dtype: torch.dtype, device: str) -> bool:
@@ -44,6 +45,5 @@ def sparse_pays(num_tokens: int, ranks: list[int], kept: Optional[int], dtype: t
     """
     if kept is None or num_tokens == 0 or device != "cpu" or dtype.itemsize < 4 or torch.compiler.is_compiling():
         return False
-    if len(set(ranks)) > 1:
-        return False
-    return len(ranks) / kept >= (16 if num_tokens >= MANY_TOKENS else 32)
+    needed = next(over for tokens, over in EXPERTS_OVER_KEPT.items() if num_tokens >= tokens)
+    return len(set(ranks)) == 1 and len(ranks) >= needed * kept
