@@ -20,7 +20,6 @@ import re
 from torch import nn
 
 from .moe_context import MODEL_SITE
-from .moe_layer import refuse_unroutable
 from .moe_router import RouterConfig, RouterSite
 
 
@@ -78,7 +77,6 @@ def _layer_site(name: str, layer: nn.Module) -> RouterSite:
             f"Layer '{name}' is a convolution, whose input positions are not its output positions, so it cannot gate "
             "on its own input. Use router scope 'block' or 'model', or exclude it from target_modules."
         )
-    refuse_unroutable(layer)
     features = layer.out_features if len(layer.lora_embedding_A) else layer.in_features
     return RouterSite(name, features, layer, {name: layer})
 
