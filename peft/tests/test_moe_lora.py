@@ -1008,7 +1008,13 @@ def test_an_initialisation_that_changes_the_base_weights_is_refused(init):
 
 def test_all_linear_on_a_mixture_of_experts_names_the_modules_that_can_be_routed():
     config = OlmoeConfig(
-        hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_experts=4, vocab_size=16
+        hidden_size=16,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        vocab_size=16,
     )
     with pytest.raises(ValueError, match="cannot be routed.*fused experts") as refused:
         get_peft_model(OlmoeForCausalLM(config), MoELoraConfig(num_experts=2, r=2, target_modules="all-linear"))
