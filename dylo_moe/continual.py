@@ -24,7 +24,7 @@ import torch
 from transformers import set_seed
 
 from dylo_moe.continual_baselines import train_in_sequence, train_joint
-from dylo_moe.continual_data import SkillText, read_skill, spread
+from dylo_moe.continual_data import HeldOut, SkillText, read_skill, spread
 from dylo_moe.continual_report import as_text, compare, draw
 from dylo_moe.continual_training import train_steps
 from dylo_moe.lr_schedule import TwoPhaseLRScheduler
@@ -38,7 +38,7 @@ from foundation.base_model import load_base_model
 from foundation.perplexity import measure_blocks
 from foundation.whole_files import write_json, write_text
 
-__all__ = ["ContinualConfig", "as_text", "run"]
+__all__ = ["ContinualConfig", "as_text", "read_texts", "run"]
 
 logger = logging.getLogger(__name__)
 
@@ -87,8 +87,16 @@ class ContinualConfig:
         default=1.0, metadata={"help": "How far below its held-out text a skill ends; see NoveltyDetector."}
     )
     eval_blocks: int = field(default=48, metadata={"help": "Held-out blocks of each skill that are measured."})
+    eval_split: HeldOut = field(
+        default="test", metadata={"help": "Documents they are of: test to report, validation to choose settings by."}
+    )
     baselines: bool = field(default=True, metadata={"help": "Train the two LoRAs that the mixture is compared with."})
-    baseline_learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of those."})
+    sequential_learning_rate: float = field(
+        default=2e-3, metadata={"help": "Peak learning rate of the LoRA that learns the skills in sequence."}
+    )
+    joint_learning_rate: float = field(
+        default=2e-3, metadata={"help": "Peak learning rate of the LoRA that learns all at once."}
+    )
     bf16: bool | None = field(
         default=None,
         metadata={"help": "Train in bfloat16 autocast; by default where the hardware multiplies it fast."},
@@ -109,7 +117,7 @@ class ContinualConfig:
             raise ValueError("seed_steps and consolidate_steps are both 0, so nothing would be learnt. Raise one.")
         if self.max_seq_length < 2:
             raise ValueError(f"max_seq_length is {self.max_seq_length}, but must be at least 2.")
-        for name in ("learning_rate", "baseline_learning_rate"):
+        for name in ("learning_rate", "sequential_learning_rate", "joint_learning_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be positive.")
         if not 0 < self.consolidate_ratio <= 1:
@@ -121,6 +129,11 @@ class ContinualConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must not be negative.")
         if self.probe_blocks < BLOCKS_IN_A_BATCH:
             raise ValueError(f"probe_blocks is {self.probe_blocks}, but must be at least {BLOCKS_IN_A_BATCH}.")
+        if self.steps_a_visit * self.train_batch_size < BLOCKS_IN_A_BATCH:
+            raise ValueError(
+                f"A visit reads {self.steps_a_visit * self.train_batch_size} blocks (steps x train_batch_size), but a "
+                f"skill is judged by {BLOCKS_IN_A_BATCH}. Raise seed_steps, consolidate_steps or train_batch_size."
+            )
         if self.calibration_blocks < FEWEST_BATCHES * BLOCKS_IN_A_BATCH:
             raise ValueError(
                 f"calibration_blocks is {self.calibration_blocks}, but must be at least "
@@ -135,6 +148,16 @@ class ContinualConfig:
     @property
     def steps_a_visit(self) -> int:
         return self.seed_steps + self.consolidate_steps
+
+    @property
+    def device(self) -> str:
+        """Where all models are trained: on the GPU where there is one."""
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+    @property
+    def autocast_bf16(self) -> bool:
+        """Whether training runs in bfloat16: as asked, else where it is fast."""
+        return multiplies_bf16_fast() if self.bf16 is None else self.bf16
 
 
 def run(config: ContinualConfig) -> dict:
@@ -159,23 +182,17 @@ def run(config: ContinualConfig) -> dict:
             f"{base.config.get_text_config().num_hidden_layers - 1}."
         )
     logger.info("reading %s", ", ".join(config.skills))
-    texts = {name: _read(name, tokenizer, config) for name in config.skills}
+    texts = read_texts(config, tokenizer)
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / SETTINGS, {**asdict(config), "base": BaseIdentity.of(base, config.model_name).to_dict()})
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    bf16 = multiplies_bf16_fast() if config.bf16 is None else config.bf16
     results = {"settings": asdict(config), "skills": config.skills, "visits": list(config.continual)}
-    results["base"] = {skill: measure_blocks(base.to(device), text.test).mean_nll for skill, text in texts.items()}
-    mixture = _grow_mixture(config, texts, output, device, bf16)
+    base.to(config.device)
+    results["base"] = {skill: measure_blocks(base, text.measured).mean_nll for skill, text in texts.items()}
+    mixture = _grow_mixture(config, texts, output)
     results |= mixture
     if config.baselines:
-        shared = {
-            "texts": texts,
-            "num_parameters": mixture["trained_parameters"]["mixture"],
-            "device": device,
-            "bf16": bf16,
-        }
+        shared = {"texts": texts, "num_parameters": mixture["trained_parameters"]["mixture"]}
         sequential = train_in_sequence(config, output / "sequential", **shared)
         joint = train_joint(config, output / "joint", **shared)
         results["trained_parameters"] |= {"sequential": sequential["parameters"], "joint": joint["parameters"]}
@@ -188,7 +205,29 @@ def run(config: ContinualConfig) -> dict:
     return results
 
 
-def _grow_mixture(config: ContinualConfig, texts: dict[str, SkillText], output: Path, device: str, bf16: bool) -> dict:
+def read_texts(config: ContinualConfig, tokenizer) -> dict[str, SkillText]:
+    """The blocks of each skill.
+
+    Raises:
+        ValueError: unknown or too little data.
+    """
+    return {
+        name: read_skill(
+            name,
+            tokenizer,
+            num_visits=config.continual.count(name),
+            blocks_a_visit=config.steps_a_visit * config.train_batch_size,
+            calibration_blocks=config.calibration_blocks,
+            measured_blocks=config.eval_blocks,
+            block_size=config.max_seq_length,
+            measured_split=config.eval_split,
+            seed=config.seed,
+        )
+        for name in config.skills
+    }
+
+
+def _grow_mixture(config: ContinualConfig, texts: dict[str, SkillText], output: Path) -> dict:
     """All visits; those that are on disk are not made again."""
     done = []
     for number, skill in enumerate(config.continual):
@@ -196,7 +235,7 @@ def _grow_mixture(config: ContinualConfig, texts: dict[str, SkillText], output: 
         if (folder / VISIT).exists():
             logger.info("skill %d of %d, %s, is learnt already: %s", number + 1, len(config.continual), skill, folder)
         else:
-            _visit(config, texts, number, folder, device, bf16)
+            _visit(config, texts, number, folder)
         done.append(json.loads((folder / VISIT).read_text(encoding="utf-8")))
     return {
         "decisions": [visit["decision"] for visit in done],
@@ -208,7 +247,7 @@ def _grow_mixture(config: ContinualConfig, texts: dict[str, SkillText], output: 
     }
 
 
-def _start(config: ContinualConfig, device: str) -> tuple[DyLoRA_MoE, RouterReplay]:
+def _start(config: ContinualConfig) -> tuple[DyLoRA_MoE, RouterReplay]:
     """A mixture that has met no skill."""
     set_seed(config.seed)
     base, _ = load_base_model(config.model_name)
@@ -224,27 +263,25 @@ def _start(config: ContinualConfig, device: str) -> tuple[DyLoRA_MoE, RouterRepl
         expert_names=["expert_0"],
     )
     model.skills = SkillLibrary(measure_background(model))
-    return model.to(device), RouterReplay()
+    return model.to(config.device), RouterReplay()
 
 
-def _load(config: ContinualConfig, folder: Path, device: str) -> tuple[DyLoRA_MoE, RouterReplay]:
+def _load(config: ContinualConfig, folder: Path) -> tuple[DyLoRA_MoE, RouterReplay]:
     """A mixture as a visit left it."""
-    base = load_base_model(config.model_name)[0].to(device)
+    base = load_base_model(config.model_name)[0].to(config.device)
     return DyLoRA_MoE.from_pretrained(folder, base, is_trainable=True), RouterReplay.load(folder)
 
 
-def _visit(
-    config: ContinualConfig, texts: dict[str, SkillText], number: int, folder: Path, device: str, bf16: bool
-) -> None:
+def _visit(config: ContinualConfig, texts: dict[str, SkillText], number: int, folder: Path) -> None:
     """Learn a skill that arrives; leaves the mixture, the replay and what was measured in the folder, or nothing.
 
     Each visit begins with what the one before it left on disk, so that a run that was interrupted ends as a whole one.
     """
     started, skill = time.monotonic(), config.continual[number]
     if number == 0:
-        model, replay = _start(config, device)
+        model, replay = _start(config)
     else:
-        model, replay = _load(config, folder.with_name(f"{number:02d}"), device)
+        model, replay = _load(config, folder.with_name(f"{number:02d}"))
     set_seed(config.seed + number)
     blocks = texts[skill].visits[config.continual[:number].count(skill)]
     detector = NoveltyDetector(model.skills, margin=config.novelty_margin)
@@ -254,13 +291,13 @@ def _visit(
     expert = model.skills[learnt].expert
     logger.info("skill %d of %d, %s: %s", number + 1, len(config.continual), skill, _said(verdict, expert))
     replay.keep(learnt, torch.tensor(spread(blocks, config.replay_blocks)["input_ids"]))
-    _learn(model, replay, config, blocks, expert, is_new=verdict.is_novel, number=number, folder=folder, bf16=bf16)
+    _learn(model, replay, config, blocks, expert, is_new=verdict.is_novel, number=number, folder=folder)
 
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     replay.save(partial)
-    model, _ = _load(config, partial, device)  # what is measured is what was saved
+    model, _ = _load(config, partial)  # what is measured is what was saved
     so_far = [name for name in config.skills if name in config.continual[: number + 1]]
     names = model.experts.get_all_adapter_names()
     in_experts = sum(parameter.numel() for name in names for parameter in model.experts.parameters_of(name))
@@ -269,7 +306,7 @@ def _visit(
         "experts": names,
         "trained_parameters": in_experts + sum(p.numel() for p in model.router.attached.parameters()),
         "replay_bytes": replay.num_bytes,
-        "mean_nll": {name: measure_blocks(model, texts[name].test).mean_nll for name in so_far},
+        "mean_nll": {name: measure_blocks(model, texts[name].measured).mean_nll for name in so_far},
         "usage": {name: _usage(model, texts[name]) for name in so_far},
         "seconds": time.monotonic() - started,
     }
@@ -310,7 +347,6 @@ def _learn(
     is_new: bool,
     number: int,
     folder: Path,
-    bf16: bool,
 ) -> None:
     """Seed and consolidate one expert; every other one is frozen throughout, and all are in the end."""
     experts, name = model.experts, config.continual[number]
@@ -345,7 +381,7 @@ def _learn(
         num_steps=config.steps_a_visit,
         batch_size=config.train_batch_size,
         seed=config.seed + number,
-        bf16=bf16,
+        bf16=config.autocast_bf16,
         scratch=folder.with_name(folder.name + ".scratch"),
         name=name,
         at_step={seed_steps: consolidate} if seed_steps else None,
@@ -359,24 +395,11 @@ def _learn(
 @torch.no_grad()
 def _usage(model: DyLoRA_MoE, text: SkillText) -> dict[str, float]:
     """Each expert's mean weight on a skill's held-out tokens."""
-    rows = spread(text.test, 8).with_format("torch")
+    rows = spread(text.measured, 8).with_format("torch")
     model.eval()
     model(input_ids=rows["input_ids"][:].to(model.device), logits_to_keep=1)
     means = model.last_routing_weights.flatten(0, 1).mean(dim=0).tolist()
     return dict(zip(model.experts.get_all_adapter_names(), means, strict=True))
-
-
-def _read(name: str, tokenizer, config: ContinualConfig) -> SkillText:
-    return read_skill(
-        name,
-        tokenizer,
-        num_visits=config.continual.count(name),
-        blocks_a_visit=config.steps_a_visit * config.train_batch_size,
-        calibration_blocks=config.calibration_blocks,
-        test_blocks=config.eval_blocks,
-        block_size=config.max_seq_length,
-        seed=config.seed,
-    )
 
 
 def _said(verdict: Verdict, expert: str) -> str:

@@ -31,9 +31,7 @@ logger = logging.getLogger(__name__)
 VISIT = "visit.json"
 
 
-def train_in_sequence(
-    config, folder: Path, *, texts: dict[str, SkillText], num_parameters: int, device: str, bf16: bool
-) -> dict:
+def train_in_sequence(config, folder: Path, *, texts: dict[str, SkillText], num_parameters: int) -> dict:
     """One LoRA, skill after skill; a visit that is on disk is not made again.
 
     Args:
@@ -41,8 +39,6 @@ def train_in_sequence(
         folder: receives a folder for each visit.
         texts: of each skill.
         num_parameters: that the LoRA should have.
-        device: to train on.
-        bf16: train in bfloat16 autocast.
 
     Returns:
         `parameters`, and `mean_nll`: for each visit, of all skills so far, in nats a token.
@@ -51,35 +47,39 @@ def train_in_sequence(
     for number, skill in enumerate(config.continual):
         visit_folder = folder / f"{number + 1:02d}"
         if not (visit_folder / VISIT).exists():
-            model = _start(config, num_parameters, folder / f"{number:02d}" if number else None).to(device)
+            model = _start(config, num_parameters, folder / f"{number:02d}" if number else None)
             _train(
                 model,
                 texts[skill].visits[config.continual[:number].count(skill)],
                 config,
+                rate=config.sequential_learning_rate,
                 num_steps=config.steps_a_visit,
                 number=number,
                 folder=visit_folder,
-                bf16=bf16,
                 name=f"one LoRA in sequence, {skill}",
             )
             so_far = [other for other in config.skills if other in config.continual[: number + 1]]
-            _write(model, config, visit_folder, {other: texts[other].test for other in so_far})
+            _write(model, config, visit_folder, {other: texts[other].measured for other in so_far})
         done.append(json.loads((visit_folder / VISIT).read_text(encoding="utf-8")))
     return {"parameters": done[-1]["parameters"], "mean_nll": [visit["mean_nll"] for visit in done]}
 
 
-def train_joint(
-    config, folder: Path, *, texts: dict[str, SkillText], num_parameters: int, device: str, bf16: bool
-) -> dict:
+def train_joint(config, folder: Path, *, texts: dict[str, SkillText], num_parameters: int) -> dict:
     """One LoRA on the text of all visits at once; arguments and result as `train_in_sequence`, with one `mean_nll`."""
     if not (folder / VISIT).exists():
-        model = _start(config, num_parameters, None).to(device)
+        model = _start(config, num_parameters, None)
         blocks = concatenate_datasets([part for text in texts.values() for part in text.visits])
-        steps = config.steps_a_visit * len(config.continual)
         _train(
-            model, blocks, config, num_steps=steps, number=0, folder=folder, bf16=bf16, name="one LoRA on all at once"
+            model,
+            blocks,
+            config,
+            rate=config.joint_learning_rate,
+            num_steps=config.steps_a_visit * len(config.continual),
+            number=0,
+            folder=folder,
+            name="one LoRA on all at once",
         )
-        _write(model, config, folder, {name: text.test for name, text in texts.items()})
+        _write(model, config, folder, {name: text.measured for name, text in texts.items()})
     return json.loads((folder / VISIT).read_text(encoding="utf-8"))
 
 
@@ -128,17 +128,18 @@ def _start(config, num_parameters: int, folder: Path | None) -> PeftModel:
     set_seed(config.seed)
     base, _ = load_base_model(config.model_name)
     if folder is not None:
-        return PeftModel.from_pretrained(base, folder, is_trainable=True)
-    return add_lora_of(
-        base, num_parameters, alpha_over_r=config.lora_alpha / config.lora_r, dropout=config.lora_dropout
-    )
+        model = PeftModel.from_pretrained(base, folder, is_trainable=True)
+    else:
+        alpha_over_r = config.lora_alpha / config.lora_r
+        model = add_lora_of(base, num_parameters, alpha_over_r=alpha_over_r, dropout=config.lora_dropout)
+    return model.to(config.device)
 
 
-def _train(model, blocks, config, *, num_steps: int, number: int, folder: Path, bf16: bool, name: str) -> None:
+def _train(model, blocks, config, *, rate: float, num_steps: int, number: int, folder: Path, name: str) -> None:
     """A warmup over a twentieth of the steps and a cosine to zero."""
     set_seed(config.seed + number)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=config.baseline_learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
     scheduler = LambdaLR(
         optimizer,
         lambda step: two_phase_factor(
@@ -154,7 +155,7 @@ def _train(model, blocks, config, *, num_steps: int, number: int, folder: Path, 
         num_steps=num_steps,
         batch_size=config.train_batch_size,
         seed=config.seed + number,
-        bf16=bf16,
+        bf16=config.autocast_bf16,
         scratch=scratch,
         name=name,
     )

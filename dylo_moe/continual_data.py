@@ -1,13 +1,15 @@
-"""The text of a skill for a continual run: blocks to train on at each visit, to calibrate with, and to test on."""
+"""The text of a skill for a continual run: blocks to train on at each visit, to calibrate with, and to measure on."""
 
 import hashlib
 from dataclasses import dataclass
+from typing import Literal
 
 from datasets import Dataset
 
 from foundation.data import load_documents
 from foundation.packing import pack_documents
 
+HeldOut = Literal["test", "validation"]
 # A token of a language model's vocabulary is at most so many characters of text, on average.
 CHARACTERS_A_TOKEN = 8
 
@@ -20,12 +22,12 @@ class SkillText:
         visits: training blocks of each visit; a later one reads on where the earlier stopped, and begins anew when the
             text is used up.
         calibration: held-out blocks (validation documents) that the novelty threshold is measured on.
-        test: held-out blocks (test documents) that perplexity is measured on.
+        measured: held-out blocks that perplexity is measured on.
     """
 
     visits: list[Dataset]
     calibration: Dataset
-    test: Dataset
+    measured: Dataset
 
 
 def read_skill(
@@ -35,8 +37,9 @@ def read_skill(
     num_visits: int,
     blocks_a_visit: int,
     calibration_blocks: int,
-    test_blocks: int,
+    measured_blocks: int,
     block_size: int,
+    measured_split: HeldOut = "test",
     seed: int = 0,
 ) -> SkillText:
     """Read the blocks of a skill.
@@ -46,12 +49,13 @@ def read_skill(
         tokenizer: of the base model.
         num_visits: how often the skill comes.
         blocks_a_visit: training blocks of each visit.
-        calibration_blocks, test_blocks: held-out blocks.
+        calibration_blocks, measured_blocks: held-out blocks.
         block_size: tokens in a block.
+        measured_split: documents that the measured blocks are of.
         seed: of the order of the documents.
 
     Raises:
-        ValueError: unknown or empty data, or not enough of it to calibrate, to test or to train.
+        ValueError: unknown or empty data, or not enough of it to calibrate, to measure or to train.
     """
 
     def read(split: str, count: int, at_least: int) -> Dataset:
@@ -70,7 +74,9 @@ def read_skill(
     ]
     calibration = read("validation", 4 * calibration_blocks, at_least=calibration_blocks)
     return SkillText(
-        visits=visits, calibration=spread(calibration, calibration_blocks), test=read("test", test_blocks, 1)
+        visits=visits,
+        calibration=spread(calibration, calibration_blocks),
+        measured=read(measured_split, measured_blocks, at_least=1),
     )
 
 

@@ -39,16 +39,21 @@ def forgetting(mean_nll: list[dict[str, float]], visits: list[str]) -> list[dict
     return measured
 
 
+def mean_perplexity(mean_nll: dict[str, float]) -> float:
+    """Mean over the skills of the perplexity, each from its nats a token."""
+    return sum(math.exp(nll) for nll in mean_nll.values()) / len(mean_nll)
+
+
 def compare(results: dict) -> dict:
     """Forgetting of the mixture and of the sequential LoRA, the mean perplexities in the end, and the ratios."""
     visits, mean_nll = results["visits"], results["mean_nll"]
     compared: dict = {"forgetting": {"mixture": forgetting(mean_nll["mixture"], visits)}}
-    compared["mean_perplexity"] = {"base": _mean_perplexity(results["base"])}
-    compared["mean_perplexity"]["mixture"] = _mean_perplexity(mean_nll["mixture"][-1])
+    compared["mean_perplexity"] = {"base": mean_perplexity(results["base"])}
+    compared["mean_perplexity"]["mixture"] = mean_perplexity(mean_nll["mixture"][-1])
     if "sequential" in mean_nll:
         compared["forgetting"]["sequential"] = forgetting(mean_nll["sequential"], visits)
-        compared["mean_perplexity"]["sequential"] = _mean_perplexity(mean_nll["sequential"][-1])
-        compared["mean_perplexity"]["joint"] = _mean_perplexity(mean_nll["joint"])
+        compared["mean_perplexity"]["sequential"] = mean_perplexity(mean_nll["sequential"][-1])
+        compared["mean_perplexity"]["joint"] = mean_perplexity(mean_nll["joint"])
         ours, theirs = (compared["forgetting"][name][-1] for name in ("mixture", "sequential"))
         if ours is not None and theirs["nats"] > 0:
             compared["forgetting_over_sequential"] = ours["nats"] / theirs["nats"]
@@ -163,10 +168,6 @@ def draw(results: dict, path: Path) -> None:
     plt.close(figure)
 
 
-def _mean_perplexity(mean_nll: dict[str, float]) -> float:
-    return sum(math.exp(nll) for nll in mean_nll.values()) / len(mean_nll)
-
-
 def _perplexity_row(
     system: str,
     after: str,
@@ -182,7 +183,7 @@ def _perplexity_row(
             system,
             after,
             *cells,
-            f"{_mean_perplexity(nll):.2f}" if whole else "",
+            f"{mean_perplexity(nll):.2f}" if whole else "",
             "" if lost is None else f"{lost['nats']:+.3f}",
             "" if lost is None else f"{lost['perplexity']:+.2f}",
             "" if size is None else f"{size:,}",

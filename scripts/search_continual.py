@@ -1,0 +1,141 @@
+"""Choose the settings of `train.py --continual` on validation text, the baselines' with the same care.
+
+    python scripts/search_continual.py --continual prose code math --output_dir runs/search
+
+The mixture and its two baselines are each judged by the mean validation perplexity over all skills in the end. The
+peak learning rate is doubled and halved, from 2e-3 on, until the best one has a worse neighbour on either side; then,
+in the same way, the weight decay of the router, which is fitted anew in the best mixture. No test text is read. What is
+on disk is not made again: a search that was interrupted goes on when it is started again with the same options.
+"""
+
+import logging
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from dylo_moe.continual import ContinualConfig, read_texts, run
+from dylo_moe.continual_baselines import train_in_sequence, train_joint
+from dylo_moe.continual_report import NAMES, mean_perplexity
+from dylo_moe.model import DyLoRA_MoE
+from dylo_moe.router_replay import RouterReplay, refit_router
+from foundation.allocator import keep_freed_memory
+from foundation.base_model import load_base_model
+from foundation.options import OptionParser
+from foundation.perplexity import measure_blocks
+from foundation.whole_files import write_text
+
+logger = logging.getLogger("search_continual")
+
+FIRST_RATE, FIRST_DECAY = 2e-3, 0.1
+TABLE = "search.md"
+
+Nll = dict[str, float]  # nats a token of each skill in the end
+
+
+def search(config: ContinualConfig) -> dict[tuple[str, str], dict[float, Nll]]:
+    """Measure all settings.
+
+    Args:
+        config: the settings that are not searched; `eval_split` and `baselines` are set here.
+
+    Returns:
+        For each system and option, what each of its values came to.
+
+    Raises:
+        ValueError: unknown or too little data, or an output folder with a search of other settings.
+    """
+    output = Path(config.output_dir)
+    config = replace(config, eval_split="validation", baselines=False)
+
+    def mixture(rate: float) -> dict:
+        return run(replace(config, learning_rate=rate, output_dir=str(output / f"mixture-{rate:g}")))
+
+    def refitted(decay: float) -> Nll:
+        model = DyLoRA_MoE.from_pretrained(best, load_base_model(config.model_name)[0].to(config.device))
+        refit_router(model, RouterReplay.load(best), weight_decay=decay)
+        return {skill: measure_blocks(model, text.measured).mean_nll for skill, text in texts.items()}
+
+    measured = {}
+    rates = bracket(lambda rate: mixture(rate)["mean_nll"]["mixture"][-1], FIRST_RATE, "mixture, learning rate")
+    measured["mixture", "learning_rate"] = rates
+    texts = read_texts(config, load_base_model(config.model_name)[1])
+    best = output / f"mixture-{lowest(rates):g}" / "mixture" / f"{len(config.continual):02d}"
+    measured["mixture", "router_weight_decay"] = bracket(refitted, FIRST_DECAY, "mixture, router weight decay")
+    size = mixture(lowest(rates))["trained_parameters"]["mixture"]
+
+    def in_sequence(rate: float) -> Nll:
+        settings = replace(config, sequential_learning_rate=rate)
+        folder = output / f"sequential-{rate:g}"
+        return train_in_sequence(settings, folder, texts=texts, num_parameters=size)["mean_nll"][-1]
+
+    def on_all(rate: float) -> Nll:
+        settings = replace(config, joint_learning_rate=rate)
+        return train_joint(settings, output / f"joint-{rate:g}", texts=texts, num_parameters=size)["mean_nll"]
+
+    measured["sequential", "sequential_learning_rate"] = bracket(in_sequence, FIRST_RATE, "in sequence, rate")
+    measured["joint", "joint_learning_rate"] = bracket(on_all, FIRST_RATE, "all at once, rate")
+    return measured
+
+
+def bracket(measure: Callable[[float], Nll], first: float, name: str) -> dict[float, Nll]:
+    """Double and halve a setting until the best value has a worse neighbour on either side.
+
+    Args:
+        measure: what a value comes to.
+        first: the value to begin with.
+        name: of the setting, for the log.
+
+    Returns:
+        All that was measured, by value, in rising order.
+    """
+    measured: dict[float, Nll] = {}
+
+    def add(value: float) -> None:
+        measured[value] = measure(value)
+        logger.info("%s %g: mean validation perplexity %.2f", name, value, mean_perplexity(measured[value]))
+
+    for value in (first, first / 2, first * 2):
+        add(value)
+    while (best := lowest(measured)) in (min(measured), max(measured)):
+        add(best / 2 if best == min(measured) else best * 2)
+    return dict(sorted(measured.items()))
+
+
+def lowest(measured: dict[float, Nll]) -> float:
+    """The value with the lowest mean perplexity."""
+    return min(measured, key=lambda value: mean_perplexity(measured[value]))
+
+
+def as_text(measured: dict[tuple[str, str], dict[float, Nll]]) -> str:
+    """A Markdown table of all settings, and the best of each as options of train.py."""
+    skills = list(next(iter(next(iter(measured.values())).values())))
+    lines = ["Validation perplexity in the end", ""]
+    lines += [f"| | option | value | {' | '.join(Path(skill).name for skill in skills)} | mean |"]
+    lines += ["|" + " --- |" * (len(skills) + 4)]
+    for (system, option), by_value in measured.items():
+        for value, nll in by_value.items():
+            cells = [NAMES[system], option, f"{value:g}", *(f"{math.exp(nll[skill]):.2f}" for skill in skills)]
+            lines.append(f"| {' | '.join(cells)} | {mean_perplexity(nll):.2f} |")
+    best = [f"--{option} {lowest(by_value):g}" for (_, option), by_value in measured.items()]
+    return "\n".join([*lines, "", f"best: {' '.join(best)}"]) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = OptionParser((ContinualConfig,), description=__doc__.splitlines()[0])
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    keep_freed_memory()
+    try:
+        (config,) = parser.parse(argv)
+        text = as_text(search(config))
+    except (ValueError, FileNotFoundError) as refused:
+        parser.error(str(refused))
+    table = Path(config.output_dir) / TABLE
+    write_text(table, text)
+    print(f"{text}\ntable   {table}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
