@@ -1,9 +1,10 @@
 """Train a mixture of LoRA experts on several domains and compare it with one LoRA of the same size.
 
-python train.py --config configs/demo.yaml                  # the committed base, prose + code + math, ~5 minutes
+python train.py --config configs/demo.yaml                # the committed base, prose + code + math, ~5 minutes
 python train.py --num_experts 8 --datasets prose,notes.jsonl --num_epochs 2 --output_dir runs/mine
-python train.py --data_prep_only --datasets notes.jsonl     # what the data holds; trains nothing
-python train.py --continual prose code math                 # skills one after another; --help after it: its options
+python train.py --data_prep_only --datasets notes.jsonl   # what the data holds; trains nothing
+python train.py --continual prose code math               # skills one after another; has options of its own
+python train.py --continual --help
 """
 
 import logging
@@ -26,7 +27,12 @@ INTERRUPTED = 130  # what a shell reports of a program that was stopped by Ctrl-
 def main(argv: list[str] | None = None) -> int:
     grows = names_option("continual", argv)
     classes = (continual.ContinualConfig,) if grows else (MixtureConfig, DataConfig, TrainingConfig, RunConfig)
-    parser = OptionParser(classes, description=__doc__.splitlines()[0], epilog=None if grows else EPILOG)
+    description, examples = __doc__.split("\n\n")
+    parser = OptionParser(
+        classes,
+        description=continual.__doc__.splitlines()[0] if grows else description,
+        epilog=f"examples:\n{examples}",
+    )
     _speak_as_first_process()
     keep_freed_memory()
     output = None
@@ -43,9 +49,6 @@ def main(argv: list[str] | None = None) -> int:
     if text:
         print(text)
     return 0
-
-
-EPILOG = "With --continual, skills arrive one after another: `train.py --continual prose code math --help`."
 
 
 def _train(mixture: MixtureConfig, data: DataConfig, training: TrainingConfig, config: RunConfig, output: Path) -> str:

@@ -3,27 +3,27 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from peft import LoraConfig, MoELoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+
+from dylo_moe.model import DyLoRA_MoE
 
 
 @dataclass(kw_only=True)
 class MixtureConfig:
-    """What `train.py` lets a user choose of the mixture; the rest are MoELoraConfig's defaults."""
+    """What `train.py` lets a user choose of the mixture; the rest are DyLoRA_MoE's defaults."""
 
     num_experts: int = field(default=4, metadata={"help": "LoRA experts of the mixture."})
     lora_r: int = field(default=8, metadata={"help": "Rank of each expert."})
-    lora_alpha: int = field(
-        default=16, metadata={"help": "LoRA alpha of each expert; the update is scaled by alpha / r."}
-    )
+    lora_alpha: int = field(default=16, metadata={"help": "Each expert's update is scaled by lora_alpha / lora_r."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the experts' input in training."})
     top_k: int | None = field(default=2, metadata={"help": "Experts kept for each token; 0 keeps all."})
     dense_training: bool = field(
-        default=False, metadata={"help": "Weigh all experts while training and keep top_k of them in use only."}
+        default=False, metadata={"help": "Weigh all experts while training; keep top_k in use only."}
     )
     router_scope: Literal["layer", "block", "model", "two_pass"] = field(
-        default="block", metadata={"help": "Where the router looks: at each layer's, block's or one block's input."}
+        default="block", metadata={"help": "Whose input a gate looks at."}
     )
     balance_coefficient: float = field(default=0.001, metadata={"help": "Weight of the load-balancing loss."})
 
@@ -44,24 +44,28 @@ class MixtureConfig:
         if self.balance_coefficient < 0:
             raise ValueError(f"balance_coefficient is {self.balance_coefficient}, but must not be negative.")
 
-    def peft_config(self) -> MoELoraConfig:
-        return MoELoraConfig(
-            num_experts=self.num_experts,
-            top_k=self.top_k or None,
-            router_selection="hybrid" if self.dense_training else None,
-            r=self.lora_r,
-            lora_alpha=self.lora_alpha,
-            lora_dropout=self.lora_dropout,
-            target_modules="all-linear",
-            router_scope=self.router_scope,
-            router_balance_coef=self.balance_coefficient,
-            task_type="CAUSAL_LM",
-        )
 
+def add_mixture(base: nn.Module, config: MixtureConfig, *, base_name: str | None = None) -> DyLoRA_MoE:
+    """Put the experts and their router on a base model, in all its linear layers but the output.
 
-def add_mixture(base: nn.Module, config: MixtureConfig) -> PeftModel:
-    """Put the experts and their router on a base model, which is changed in place."""
-    return get_peft_model(base, config.peft_config())
+    Args:
+        base: a causal language model of transformers; changed in place.
+        config: the user's choices.
+        base_name: by which a saved mixture finds its base again; by default the base's own.
+    """
+    return DyLoRA_MoE(
+        base,
+        config.num_experts,
+        config.lora_r,
+        config.lora_alpha,
+        config.lora_dropout,
+        balance_coefficient=config.balance_coefficient,
+        top_k=config.top_k or config.num_experts,
+        dense_training=config.dense_training or not config.top_k,
+        router_scope=config.router_scope,
+        target_modules="all-linear",
+        base_name=base_name,
+    )
 
 
 def add_lora_of_size(base: nn.Module, num_parameters: int, config: MixtureConfig) -> PeftModel:

@@ -54,21 +54,21 @@ class ContinualConfig:
 
     continual: list[str] = field(
         default_factory=lambda: ["prose", "code", "math"],
-        metadata={"help": "Skills in the order they arrive: domains, files, folders or hub datasets; may repeat."},
+        metadata={"help": "Skills as they arrive: domains, files, folders, hub ids; may repeat."},
     )
     model_name: str = field(
-        default="base", metadata={"help": "Base model: base (committed), smollm2-135m, a folder, or a hub name."}
+        default="base", metadata={"help": "Base model: base (committed), smollm2-135m, a folder or a hub id."}
     )
     output_dir: str = field(default="runs/continual", metadata={"help": "Folder of the models and the results."})
     lora_r: int = field(default=8, metadata={"help": "Rank of each expert."})
-    lora_alpha: int = field(default=16, metadata={"help": "LoRA alpha; the update is scaled by alpha / r."})
+    lora_alpha: int = field(default=16, metadata={"help": "Each expert's update is scaled by lora_alpha / lora_r."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the experts' input in training."})
     top_k: int = field(default=2, metadata={"help": "Experts kept for each token at inference."})
     first_adapted_block: int = field(
         default=1,
         metadata={
-            "help": "Decoder block from which on experts are used. What enters block 0 is one token without its "
-            "context, by which no router can tell skills apart."
+            # What enters block 0 is one token without its context, by which no router can tell skills apart.
+            "help": "Decoder block from which on there are experts."
         },
     )
     seed_steps: int = field(default=80, metadata={"help": "Optimiser steps that a new expert is seeded alone."})
@@ -79,27 +79,25 @@ class ContinualConfig:
     consolidate_ratio: float = field(default=0.1, metadata={"help": "Rate of the second phase over the peak."})
     replay_blocks: int = field(default=16, metadata={"help": "Blocks kept of each skill, for the router alone."})
     router_weight_decay: float = field(
-        default=0.1, metadata={"help": "Of the router's fit; larger mixes the experts more. See refit_router."}
+        default=0.1, metadata={"help": "Of the router's fit; larger mixes the experts more."}
     )
     probe_blocks: int = field(default=32, metadata={"help": "Blocks by which an arriving skill is recognised."})
     calibration_blocks: int = field(default=64, metadata={"help": "Held-out blocks behind a novelty threshold."})
-    novelty_margin: float = field(
-        default=1.0, metadata={"help": "How far below its held-out text a skill ends; see NoveltyDetector."}
-    )
+    novelty_margin: float = field(default=1.0, metadata={"help": "How far below its held-out text a skill ends."})
     eval_blocks: int = field(default=48, metadata={"help": "Held-out blocks of each skill that are measured."})
     eval_split: HeldOut = field(
-        default="test", metadata={"help": "Documents they are of: test to report, validation to choose settings by."}
+        default="test", metadata={"help": "Where they are from: validation to choose settings, test to report."}
     )
     baselines: bool = field(default=True, metadata={"help": "Train the two LoRAs that the mixture is compared with."})
     sequential_learning_rate: float = field(
-        default=2e-3, metadata={"help": "Peak learning rate of the LoRA that learns the skills in sequence."}
+        default=2e-3, metadata={"help": "Peak learning rate of the LoRA in sequence."}
     )
     joint_learning_rate: float = field(
-        default=2e-3, metadata={"help": "Peak learning rate of the LoRA that learns all at once."}
+        default=2e-3, metadata={"help": "Peak learning rate of the LoRA on all at once."}
     )
     bf16: bool | None = field(
         default=None,
-        metadata={"help": "Train in bfloat16 autocast; by default where the hardware multiplies it fast."},
+        metadata={"help": "Train in bfloat16 autocast. By default: where that is fast."},
     )
     seed: int = field(default=0, metadata={"help": "Seed of all weights and of the order of the blocks."})
 
@@ -261,6 +259,7 @@ def _start(config: ContinualConfig) -> tuple[DyLoRA_MoE, RouterReplay]:
         top_k=config.top_k,
         adapted_blocks=range(config.first_adapted_block, base.config.get_text_config().num_hidden_layers),
         expert_names=["expert_0"],
+        base_name=config.model_name,
     )
     model.skills = SkillLibrary(measure_background(model))
     return model.to(config.device), RouterReplay()
@@ -268,8 +267,8 @@ def _start(config: ContinualConfig) -> tuple[DyLoRA_MoE, RouterReplay]:
 
 def _load(config: ContinualConfig, folder: Path) -> tuple[DyLoRA_MoE, RouterReplay]:
     """A mixture as a visit left it."""
-    base = load_base_model(config.model_name)[0].to(config.device)
-    return DyLoRA_MoE.from_pretrained(folder, base, is_trainable=True), RouterReplay.load(folder)
+    model = DyLoRA_MoE.from_pretrained(folder, is_trainable=True)
+    return model.to(config.device), RouterReplay.load(folder)
 
 
 def _visit(config: ContinualConfig, texts: dict[str, SkillText], number: int, folder: Path) -> None:

@@ -41,13 +41,11 @@ ADAPTER_CONFIG = "adapter_config.json"
 class EvaluateConfig:
     """What is measured, of which checkpoint."""
 
-    checkpoint: str = field(metadata={"help": "Folder of an adapter, or of a run of train.py."})
-    model_name: str | None = field(
-        default=None, metadata={"help": "Base model; by default the one the checkpoint was trained on."}
-    )
-    quant: Quantization = field(default="none", metadata={"help": "Hold the base in 8 or 4 bits."})
+    checkpoint: str = field(metadata={"help": "Folder of an adapter, or of a run of train.py.", "metavar": "FOLDER"})
+    model_name: str | None = field(default=None, metadata={"help": "Base model. By default: that of the checkpoint."})
+    quant: Quantization = field(default="none", metadata={"help": "Bits in which bitsandbytes holds the base."})
     datasets: str | None = field(
-        default=None, metadata={"help": "Comma separated; by default those of the run, else prose,code,math."}
+        default=None, metadata={"help": "Comma separated. By default: those of the run, else prose,code,math."}
     )
     text_column: str | None = field(
         default=None, metadata={"help": "Column of your own datasets that holds the text."}
@@ -56,10 +54,10 @@ class EvaluateConfig:
     eval_blocks: int | None = field(default=None, metadata={"help": "At most so many rows of each dataset."})
     eval_batch_size: int = field(default=8, metadata={"help": "Rows of a forward pass."})
     max_seq_length: int | None = field(
-        default=None, metadata={"help": "Tokens in a row; by default those of the run, else 256."}
+        default=None, metadata={"help": "Tokens in a row. By default: as in the run, else 256."}
     )
     separate_documents: bool | None = field(
-        default=None, metadata={"help": "No attention across documents in a row; by default as in the run, else true."}
+        default=None, metadata={"help": "No attention across documents in a row. By default: as in the run, else yes."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of the subsets."})
     tasks: str | None = field(default=None, metadata={"help": "Comma separated tasks of lm-eval (extra eval)."})
@@ -70,7 +68,7 @@ class EvaluateConfig:
         default="humaneval_samples.jsonl", metadata={"help": "File for the completions of HumanEval."}
     )
     allow_code_execution: bool = field(
-        default=False, metadata={"help": "Run what the model wrote, in a limited subprocess, to score HumanEval."}
+        default=False, metadata={"help": "Run what the model wrote, to score HumanEval; read the docs first."}
     )
     output: str | None = field(default=None, metadata={"help": "JSON file for the results and these options."})
 
@@ -214,7 +212,13 @@ def _perplexities(model, tokenizer, config: EvaluateConfig) -> dict[str, dict[st
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = OptionParser((EvaluateConfig,), prog="python -m dylo_moe.evaluate", description=__doc__.splitlines()[0])
+    description, examples, *_ = __doc__.split("\n\n")
+    parser = OptionParser(
+        (EvaluateConfig,),
+        prog="python -m dylo_moe.evaluate",
+        description=description,
+        epilog=f"examples:\n{examples}",
+    )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:

@@ -44,24 +44,19 @@ class RunConfig:
     """What the run is about and where it goes."""
 
     model_name: str = field(
-        default="base", metadata={"help": "Base model: base (committed), smollm2-135m, a folder, or a hub name."}
+        default="base", metadata={"help": "Base model: base (committed), smollm2-135m, a folder or a hub id."}
     )
-    quant: Quantization = field(
-        default="none", metadata={"help": "Hold the frozen base in 8 or 4 bits (bitsandbytes) and train on top of it."}
-    )
+    quant: Quantization = field(default="none", metadata={"help": "Bits in which bitsandbytes holds the frozen base."})
     output_dir: str = field(default="runs/mixture", metadata={"help": "Folder of the adapters and the results."})
-    compare: bool = field(
-        default=True, metadata={"help": "Also train one LoRA of as many parameters, to compare the mixture with."}
-    )
+    compare: bool = field(default=True, metadata={"help": "Also train one LoRA of as many parameters."})
     resume_from_checkpoint: bool | None = field(
         default=None,
         metadata={
-            "help": "Continue the run in output_dir: refuse if there is none; false: begin anew; by default continue "
-            "if there is one."
+            "help": "Continue the run in output_dir, or refuse; false: begin anew. By default: continue if there is one."
         },
     )
     data_prep_only: bool = field(
-        default=False, metadata={"help": "Print what the datasets hold and exit; nothing is written."}
+        default=False, metadata={"help": "Print what the datasets hold; train and write nothing."}
     )
 
 
@@ -121,7 +116,7 @@ def run(mixture: MixtureConfig, data: DataConfig, training: TrainingConfig, conf
         return size
 
     set_seed(training.seed)
-    model = add_mixture(base, mixture)
+    model = add_mixture(base, mixture, base_name=config.model_name)
     sizes = {MIXTURE: train(model, MIXTURE, f"mixture of {mixture.num_experts} experts")}
     if config.compare:
         base, _ = _load_base(config, training)

@@ -50,6 +50,7 @@ class DyLoRA_MoE(PeftModelForCausalLM):
         token: of the Hugging Face hub, for a gated or private model.
         balance_coefficient: weight of the load-balancing loss in `outputs.loss` while training.
         top_k: experts kept for each token at inference; while there are fewer experts, all.
+        dense_training: weigh all experts while training; otherwise top_k of them there too.
         router_scope: where the router looks: `layer`, `block`, `model` or `two_pass` (see the fork's RouterConfig).
         router_temperature: divides the router's scores before the softmax.
         router_jitter: relative noise on a gate's input in training.
@@ -57,6 +58,7 @@ class DyLoRA_MoE(PeftModelForCausalLM):
         target_modules: layers to adapt, for architectures that `find_target_modules` does not know.
         adapted_blocks: numbers of the decoder blocks that get experts; by default all.
         expert_names: names of the first experts; by default `expert_0`, `expert_1`, ...
+        base_name: by which a saved mixture finds its base again; by default `model_name`, or a loaded model's own.
         dtype: of the base's weights, where `model_name` is loaded here: by default float32 without a GPU and what the
             checkpoint is stored in with one.
 
@@ -81,6 +83,7 @@ class DyLoRA_MoE(PeftModelForCausalLM):
         balance_coefficient: float = 0.01,
         *,
         top_k: int = 2,
+        dense_training: bool = True,
         router_scope: str = "block",
         router_temperature: float = 1.0,
         router_jitter: float = 0.0,
@@ -89,6 +92,7 @@ class DyLoRA_MoE(PeftModelForCausalLM):
         target_modules: Sequence[str] | str | None = None,
         adapted_blocks: Sequence[int] | None = None,
         expert_names: Sequence[str] | None = None,
+        base_name: str | None = None,
         dtype: torch.dtype | str | None = None,
     ) -> None:
         if num_experts < 1:
@@ -104,6 +108,7 @@ class DyLoRA_MoE(PeftModelForCausalLM):
             )
         router = HybridRouterConfig(
             top_k=top_k,
+            dense_training=dense_training,
             router_scope=router_scope,
             router_temperature=router_temperature,
             router_jitter=router_jitter,
@@ -125,7 +130,9 @@ class DyLoRA_MoE(PeftModelForCausalLM):
             fan_in_fan_out=has_transposed_weights(base),
             **shared,
         )
-        self._set_up(base, config, BaseIdentity.of(base, name), top_k=top_k, frozen=(), skills=SkillLibrary())
+        self._set_up(
+            base, config, BaseIdentity.of(base, base_name or name), top_k=top_k, frozen=(), skills=SkillLibrary()
+        )
 
     def _set_up(
         self,

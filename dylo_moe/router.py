@@ -2,8 +2,9 @@
 
     p = softmax(W x / (rms(x) * temperature));  training: w = p;  inference: w = p of the top k, renormalised
 
-The fork computes this (`RouterConfig(selection="hybrid")`, one `Gate` at each place that decides) and can grow a gate
-by a column. Added here: `top_k` follows the number of experts, and one object to ask, to grow and to shrink.
+The fork computes this (`RouterConfig(selection="hybrid")`, one `Gate` at each place that decides; with `"top_k"` the
+best few are weighed in training too) and can grow a gate by a column. Added here: `top_k` follows the number of
+experts, and one object to ask, to grow and to shrink.
 
 Shape letters: T any number of leading dimensions (tokens), E experts.
 """
@@ -20,6 +21,9 @@ class HybridRouterConfig:
     """How a DyLoRA-MoE weighs its experts."""
 
     top_k: int = field(default=2, metadata={"help": "Experts kept for each token at inference; fewer if there are."})
+    dense_training: bool = field(
+        default=True, metadata={"help": "Weigh all experts while training, and keep top_k of them at inference only."}
+    )
     router_scope: Literal["layer", "block", "model", "two_pass"] = field(
         default="block", metadata={"help": "Where the router looks: at each layer's, block's or one block's input."}
     )
@@ -36,7 +40,7 @@ class HybridRouterConfig:
     def as_peft_arguments(self, num_experts: int) -> dict[str, Any]:
         """The arguments of `MoELoraConfig` that say the same for so many experts."""
         return {
-            "router_selection": "hybrid",
+            "router_selection": "hybrid" if self.dense_training else "top_k",
             "top_k": min(self.top_k, num_experts),
             "router_scope": self.router_scope,
             "router_temperature": self.router_temperature,
@@ -53,16 +57,16 @@ class DynamicHybridRouter:
     It owns no weights: those are in the fork's `Router`, a submodule of the model, where optimizers find them.
 
     Args:
-        model: a PeftModel whose tuner holds a mixture (`MoELoraModel`) with the selection "hybrid".
+        model: a PeftModel whose tuner holds a mixture (`MoELoraModel`) with the selection "hybrid" or "top_k".
         top_k: experts to keep at inference once there are as many.
     """
 
     def __init__(self, model, *, top_k: int) -> None:
         selection = model.base_model.mixture_config.router_config().selection
-        if selection != "hybrid":
+        if selection not in ("hybrid", "top_k"):
             raise ValueError(
-                f"The mixture's router selects by '{selection}', but a DynamicHybridRouter needs 'hybrid'. Make it "
-                "with router_selection='hybrid'."
+                f"The mixture's router selects by '{selection}', but a DynamicHybridRouter needs 'hybrid' or 'top_k'. "
+                "Make it with router_selection='hybrid'."
             )
         self._model = model
         self.wanted_top_k = top_k
@@ -101,7 +105,7 @@ class DynamicHybridRouter:
         return self._ask(site, hidden_states)[0]
 
     def __call__(self, site: str, hidden_states: Tensor) -> Tensor:
-        """Weights of the experts, [*T, E], each row summing to one: dense in training, at most top_k in eval."""
+        """Weights of the experts, [*T, E], each row summing to one: at most top_k; all in dense training."""
         return self._ask(site, hidden_states)[1].weights
 
     def grow(self, name: str, **changes: Any) -> None:

@@ -48,21 +48,21 @@ class TrainingConfig:
     )
     learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate."})
     lr_strategy: Literal["cosine", "linear", "constant"] = field(
-        default="cosine", metadata={"help": "How the rate falls to zero after the warm-up, or that it stays."}
+        default="cosine", metadata={"help": "Learning rate behind the warm-up."}
     )
     weight_decay: float = field(default=0.0, metadata={"help": "Decoupled weight decay."})
     label_smoothing: float = field(default=0.0, metadata={"help": "Share of each target spread over the vocabulary."})
     bf16: bool | None = field(
         default=None,
-        metadata={"help": "Train in bfloat16 autocast; by default where the hardware multiplies it fast."},
+        metadata={"help": "Train in bfloat16 autocast. By default: where that is fast."},
     )
     fp16: bool = field(default=False, metadata={"help": "Train in float16 autocast with loss scaling; GPU only."})
     gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "Recompute the blocks in the backward pass: less memory, a third more time."}
+        default=False, metadata={"help": "Recompute blocks going back: less memory, a third more time."}
     )
     early_stopping_patience: int | None = field(
         default=None,
-        metadata={"help": "Stop after so many measurements without a better validation loss, and keep the best."},
+        metadata={"help": "Stop after N validations without a better loss; keep the best."},
     )
     save_steps: int = field(default=100, metadata={"help": "Steps between two checkpoints, and two validations."})
     logging_steps: int = field(default=20, metadata={"help": "Steps between two lines of the log."})

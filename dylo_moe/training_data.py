@@ -27,25 +27,25 @@ class DataConfig:
 
     datasets: str = field(
         default="prose,code,math",
-        metadata={"help": "Comma separated: prose, code, math, JSONL/Parquet/text files, folders, hub datasets."},
+        metadata={"help": "Domains, JSONL/Parquet/text files, folders, hub ids; comma separated."},
     )
     text_column: str | None = field(
-        default=None, metadata={"help": "Column of your own datasets that holds the text; they are then plain text."}
+        default=None, metadata={"help": "Column of your own datasets to read as plain text."}
     )
     as_text: bool = field(
-        default=False, metadata={"help": "Read prompts and responses as plain text, with the loss on every token."}
+        default=False, metadata={"help": "Read instruction data as plain text: loss on every token."}
     )
     training_subset: float = field(default=100.0, metadata={"help": "Percent of the training documents to use."})
     eval_subset: float = field(default=100.0, metadata={"help": "Percent of the held-out documents to use."})
     eval_blocks: int | None = field(
-        default=None, metadata={"help": "Measure on at most so many held-out rows of each dataset."}
+        default=None, metadata={"help": "Measure on at most N held-out rows of each dataset."}
     )
     max_seq_length: int = field(default=256, metadata={"help": "Tokens in a row."})
     keep_truncated: bool = field(
-        default=False, metadata={"help": "Cut examples longer than a row; by default they are left out."}
+        default=False, metadata={"help": "Cut examples longer than a row, rather than leave them out."}
     )
     separate_documents: bool = field(
-        default=True, metadata={"help": "No attention across the documents packed in one row, if the base allows."}
+        default=True, metadata={"help": "No attention across the documents packed in a row."}
     )
     interleaved_sampling: bool = field(
         default=False, metadata={"help": "The datasets take turns row by row, each with the same share."}

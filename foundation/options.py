@@ -20,14 +20,21 @@ CONFIG_FLAG = "--config"
 
 
 class OptionParser(HfArgumentParser):
-    """HfArgumentParser with `--config`, and with bare flags also for a `bool | None` (`--bf16` is `--bf16 true`)."""
+    """HfArgumentParser with `--config`, and with bare flags also for a `bool | None` (`--bf16` is `--bf16 true`).
+
+    Args:
+        classes: the dataclasses.
+        kwargs: argparse's; of `description` and `epilog`, `--help` keeps the line breaks.
+    """
 
     def __init__(self, classes: Sequence[type], **kwargs: Any) -> None:
-        super().__init__(classes, allow_abbrev=False, **kwargs)
+        super().__init__(classes, allow_abbrev=False, formatter_class=_OneLineHelp, **kwargs)
         self.add_argument(CONFIG_FLAG, metavar="FILE", help="YAML file of options; flags win over it.")
         for action in self._actions:
-            if getattr(action.type, "__name__", "") == "string_to_bool" and action.nargs is None:
+            if _is_switch(action) and action.nargs is None:
                 action.nargs, action.const = "?", True
+        needed = [f"{action.option_strings[0]} {_kind(action)} " for action in self._actions if action.required]
+        self.usage = f"%(prog)s {''.join(needed)}[--option value ...]"
 
     def error(self, message: str):
         """One line and exit code 2; argparse would print the whole usage before it."""
@@ -38,9 +45,12 @@ class OptionParser(HfArgumentParser):
 
         Raises:
             ValueError: the file cannot be read as options, holds an unknown key, or a dataclass refuses a value.
-            SystemExit: argparse's own errors and --help.
+            SystemExit: argparse's own errors and --help, which wins over whatever else is there.
         """
         argv = list(sys.argv[1:] if argv is None else argv)
+        if {"-h", "--help"} & set(argv):
+            self.print_help()
+            self.exit()
         named, _ = _config_only().parse_known_args(argv)
         # As flags before the user's own: each value is read by the same rules, and the later one wins.
         before = [] if named.config is None else self._as_flags(Path(named.config))
@@ -73,6 +83,53 @@ class OptionParser(HfArgumentParser):
             else:
                 flags.append(f"--{name}={value}")
         return flags
+
+
+class _OneLineHelp(argparse.HelpFormatter):
+    """A line an option: `--name KIND`, what it does, its default; the spelling with dashes is taken and not shown."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=36)
+
+    def add_argument(self, action: argparse.Action) -> None:
+        if not isinstance(action, argparse._StoreFalseAction):  # --no_x is shown beside --x
+            super().add_argument(action)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        name = action.option_strings[-1 if action.dest == "help" else 0]
+        if action.dest == "help":
+            return name
+        if _is_switch(action):
+            return f"{name}, --no_{action.dest}" if action.default is True else name
+        return f"{name} {_kind(action)}"
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = (action.help or "").replace("%", "%%")
+        if action.choices:
+            text = f"{text.removesuffix('.')}: {', '.join(map(str, action.choices))}."
+        if action.default is None or action.default is False or action.default is argparse.SUPPRESS:
+            return text
+        default = action.default
+        if default is True:
+            default = "yes"
+        elif isinstance(default, list):
+            default = " ".join(map(str, default))
+        return f"{text} [{default}]"
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text
+
+
+def _is_switch(action: argparse.Action) -> bool:
+    return getattr(action.type, "__name__", "") == "string_to_bool"
+
+
+def _kind(action: argparse.Action) -> str:
+    """What an option takes, in a word."""
+    if action.metavar:
+        return str(action.metavar)
+    kind = {int: "N", float: "X"}.get(action.type, "CHOICE" if action.choices else "TEXT")
+    return f"{kind} ..." if action.nargs in ("+", "*") else kind
 
 
 def names_option(name: str, argv: Sequence[str] | None = None) -> bool:

@@ -3,9 +3,9 @@
     python scripts/search_continual.py --continual prose code math --output_dir runs/search
 
 The mixture and its two baselines are each judged by the mean validation perplexity over all skills in the end. The
-peak learning rate is doubled and halved, from 2e-3 on, until the best one has a worse neighbour on either side; then,
-in the same way, the weight decay of the router, which is fitted anew in the best mixture. No test text is read. What is
-on disk is not made again: a search that was interrupted goes on when it is started again with the same options.
+peak learning rate is doubled and halved, from 2e-3 on, until the best one has a worse neighbour on either side; so is
+the weight decay of the router, which is fitted anew in the best mixture. No test text is read. What is on disk is not
+made again: a search that was interrupted goes on when it is started again with the same options.
 """
 
 import logging

@@ -47,12 +47,24 @@ def test_the_lora_scales_its_update_as_an_expert_does():
     ],
 )
 def test_each_option_reaches_the_config_of_the_mixture(option, value, read):
-    assert read(MixtureConfig(**{option: value}).peft_config()) == value
+    assert read(add_mixture(tiny_base(), MixtureConfig(**{option: value})).mixture_config) == value
 
 
-def test_dense_training_weighs_all_experts_while_training_and_top_k_in_use():
-    config = MixtureConfig(num_experts=4, top_k=1, dense_training=True).peft_config().router_config()
-    assert (config.selection, config.top_k) == ("hybrid", 1)
+@torch.no_grad()
+def kept(**options) -> tuple[int, int]:
+    """Experts that a token's weights are not zero for, in training and in use."""
+    model = add_mixture(tiny_base(), MixtureConfig(num_experts=4, **options))
+    ids = torch.arange(8)[None]
+    counts = []
+    for training in (True, False):
+        model.train(training)(input_ids=ids)
+        counts.append(int((model.last_routing_weights > 0).sum(dim=-1).max()))
+    return tuple(counts)
+
+
+def test_top_k_experts_are_weighed_in_training_too_unless_it_is_dense():
+    assert kept(top_k=1, router_scope="model") == (1, 1)
+    assert kept(top_k=1, router_scope="model", dense_training=True) == (4, 1)
     with pytest.raises(ValueError, match="dense_training is set, but top_k keeps all experts anyway"):
         MixtureConfig(top_k=0, dense_training=True)
 
@@ -65,7 +77,15 @@ def test_the_layers_of_gpt2_count_too():
 
 
 def test_a_top_k_of_zero_keeps_all_experts():
-    assert MixtureConfig(top_k=0).peft_config().router_config().selection == "dense"
+    assert kept(top_k=0, router_scope="model") == (4, 4)
+
+
+def test_every_linear_layer_is_adapted_also_of_an_architecture_that_is_not_known():
+    base = tiny_base()
+    base.config.model_type = "unheard-of"
+    adapted = {name.split(".")[-2] for name, _ in add_mixture(base, MixtureConfig()).named_modules() if
+               name.endswith("lora_A")}  # fmt: skip
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from dylo_moe import continual
 from dylo_moe.continual import ContinualConfig, run
 from dylo_moe.model import DyLoRA_MoE
+from foundation.perplexity import HeldOutLoss
 
 KINDS = {
     "rain": ["rain", "river", "hill", "water", "sea", "cloud", "wet", "stream", "flood", "grey"],
@@ -116,8 +118,8 @@ def test_the_saved_mixture_is_the_one_that_was_measured(finished, sources, tiny_
     from foundation.base_model import load_base_model
     from foundation.perplexity import measure_blocks
 
-    text = continual._read(sources["code"], load_base_model(tiny_base)[1], config)
-    assert measure_blocks(model, text.test).mean_nll == results["mean_nll"]["mixture"][-1][sources["code"]]
+    text = continual.read_texts(config, load_base_model(tiny_base)[1])[sources["code"]]
+    assert measure_blocks(model, text.measured).mean_nll == results["mean_nll"]["mixture"][-1][sources["code"]]
 
 
 def test_no_expert_lies_below_the_first_adapted_block(finished):
@@ -188,6 +190,44 @@ def test_a_skill_that_has_changed_beyond_recognition_gets_an_expert_of_its_own(t
     assert DyLoRA_MoE.from_pretrained(tmp_path / "mixture" / "02").skills.names == [rain, f"{rain} (expert_1)"]
 
 
+def test_settings_are_chosen_on_other_documents_than_results_are_reported_on(
+    tiny_base, sources, tmp_path, monkeypatch
+):
+    from dylo_moe import continual_baselines
+    from foundation.base_model import load_base_model
+
+    decode = load_base_model(tiny_base)[1].decode
+    measured = set()
+
+    def noted(model, blocks):
+        measured.update(decode(row) for row in blocks["input_ids"])
+        return HeldOutLoss(total_nll=1.0, num_tokens=1)
+
+    for module in (continual, continual_baselines):
+        monkeypatch.setattr(module, "measure_blocks", noted)
+    seen = {}
+    for split in ("test", "validation"):
+        measured.clear()
+        run(config_of(tiny_base, tmp_path / split, [sources["rain"]], eval_split=split))
+        seen[split] = set(measured)
+        text = (Path(sources["rain"]) / f"{split}.jsonl").read_text()
+        documents = " ".join(json.loads(line)["text"] for line in text.splitlines())
+        assert all(block.split("<")[0].strip() in documents for block in seen[split])
+    assert not seen["test"] & seen["validation"]
+
+
+def test_each_baseline_has_the_rate_of_its_own(finished, tiny_base, visits, tmp_path):
+    output, whole = finished
+    changed = {}
+    for option in ("sequential_learning_rate", "joint_learning_rate"):
+        shutil.copytree(output / "mixture", tmp_path / option / "mixture")
+        changed[option] = run(config_of(tiny_base, tmp_path / option, visits, **{option: 1e-2}))["mean_nll"]
+    assert changed["sequential_learning_rate"]["sequential"] != whole["mean_nll"]["sequential"]
+    assert changed["sequential_learning_rate"]["joint"] == whole["mean_nll"]["joint"]
+    assert changed["joint_learning_rate"]["joint"] != whole["mean_nll"]["joint"]
+    assert changed["joint_learning_rate"]["sequential"] == whole["mean_nll"]["sequential"]
+
+
 def test_without_baselines_only_the_mixture_is_trained(tiny_base, sources, tmp_path):
     results = run(config_of(tiny_base, tmp_path, [sources["rain"]], baselines=False))
     assert set(results["mean_nll"]) == {"mixture"}
@@ -214,7 +254,9 @@ def test_other_settings_in_the_same_folder_are_refused_and_named(finished, tiny_
         ({"first_adapted_block": -1}, "first_adapted_block is -1"),
         ({"max_seq_length": 1}, "max_seq_length is 1"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0, but must be positive"),
-        ({"baseline_learning_rate": -1.0}, "baseline_learning_rate is -1.0"),
+        ({"sequential_learning_rate": -1.0}, "sequential_learning_rate is -1.0"),
+        ({"joint_learning_rate": 0.0}, "joint_learning_rate is 0.0"),
+        ({"seed_steps": 3, "consolidate_steps": 0, "train_batch_size": 2}, "reads 6 blocks .* judged by 8"),
         ({"consolidate_ratio": 0.0}, "consolidate_ratio is 0.0"),
         ({"lora_dropout": 1.0}, "lora_dropout is 1.0"),
         ({"novelty_margin": -0.1}, "novelty_margin is -0.1"),

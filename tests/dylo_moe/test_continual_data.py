@@ -7,7 +7,7 @@ import pytest
 from dylo_moe.continual_data import read_skill, spread
 from foundation.base_model import load_base_model
 
-SIZES = {"calibration_blocks": 4, "test_blocks": 3, "block_size": 16}
+SIZES = {"calibration_blocks": 4, "measured_blocks": 3, "block_size": 16}
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +46,14 @@ def test_text_that_is_used_up_begins_anew(source, tokenizer):
     assert many[period : 2 * period] == many[:period][: 200 - period]
 
 
-def test_calibration_and_test_are_of_documents_of_their_own(source, tokenizer):
-    text = read_skill(source, tokenizer, num_visits=1, blocks_a_visit=10, **SIZES)
-    assert (len(text.calibration), len(text.test)) == (4, 3)
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_calibration_and_measuring_are_of_documents_that_were_held_out(source, tokenizer, split):
+    text = read_skill(source, tokenizer, num_visits=1, blocks_a_visit=10, measured_split=split, **SIZES)
+    assert (len(text.calibration), len(text.measured)) == (4, 3)
     assert "train" in words(tokenizer, text.visits[0])
-    for part, own in (("calibration", "validation"), ("test", "test")):
-        said = words(tokenizer, getattr(text, part))
-        assert own in said and "train" not in said
+    for blocks, own in ((text.calibration, "validation"), (text.measured, split)):
+        said = words(tokenizer, blocks)
+        assert [other for other in ("train", "validation", "test") if other in said] == [own]
 
 
 def test_another_seed_reads_the_documents_in_another_order(source, tokenizer):

@@ -8,7 +8,7 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import train
-from dylo_moe import first_mixture
+from dylo_moe import DyLoRA_MoE, first_mixture
 from dylo_moe.training import TrainingConfig
 
 
@@ -32,6 +32,21 @@ def test_the_saved_mixture_loads_from_its_folder_alone_and_was_trained(finished)
     model = AutoPeftModelForCausalLM.from_pretrained(finished / "mixture")
     ups = [p for name, p in model.named_parameters() if "lora_B" in name]
     assert ups and all(p.any() for p in ups)  # B starts at zero
+
+
+@torch.no_grad()
+def test_the_saved_mixture_is_a_dylora_moe_that_finds_its_base_and_can_grow(finished, tiny_base):
+    model = DyLoRA_MoE.from_pretrained(finished / "mixture")
+    plain = AutoPeftModelForCausalLM.from_pretrained(finished / "mixture")
+    ids = torch.arange(3, 19)[None]
+    logits = model(input_ids=ids).logits
+    assert torch.equal(logits, plain(input_ids=ids).logits)
+    assert (model.base_identity.name, len(model.skills)) == (str(tiny_base), 0)
+    model.experts.create_expert("law")
+    assert model.experts.get_all_adapter_names() == ["expert_0", "expert_1", "expert_2", "law"]
+    for expert in ("expert_0", "expert_2"):
+        kept = DyLoRA_MoE.from_pretrained(finished / "mixture")(input_ids=ids, expert_id=expert).logits
+        assert torch.equal(model(input_ids=ids, expert_id=expert).logits, kept)
 
 
 def test_the_two_adapters_have_about_as_many_trained_parameters(finished):

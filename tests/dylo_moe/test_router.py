@@ -99,8 +99,8 @@ def test_the_temperature_can_be_changed_and_is_saved(tmp_path):
 
 
 def test_a_mixture_that_selects_otherwise_is_refused():
-    model = get_peft_model(tiny_llama(), MoELoraConfig(num_experts=2, target_modules=["q_proj"], top_k=1))
-    with pytest.raises(ValueError, match="selects by 'top_k', but a DynamicHybridRouter needs 'hybrid'"):
+    model = get_peft_model(tiny_llama(), MoELoraConfig(num_experts=2, target_modules=["q_proj"], top_p=0.5))
+    with pytest.raises(ValueError, match="selects by 'top_p', but a DynamicHybridRouter needs 'hybrid' or 'top_k'"):
         DynamicHybridRouter(model, top_k=1)
 
 

@@ -12,10 +12,10 @@ from foundation.options import OptionParser, names_option, read_yaml_options
 class Example:
     num_things: int = field(default=3, metadata={"help": "How many."})
     bf16: bool | None = None
-    shown: bool = True
+    shown: bool = field(default=True, metadata={"help": "Show it."})
     names: list[str] | None = None
     sources: str = "a"
-    kind: Literal["soft", "hard"] = "soft"
+    kind: Literal["soft", "hard"] = field(default="soft", metadata={"help": "Which 100 %."})
 
     def __post_init__(self):
         if self.num_things < 1:
@@ -24,7 +24,7 @@ class Example:
 
 @dataclass(kw_only=True)
 class Other:
-    rate: float = 0.5
+    rate: float = field(default=0.0, metadata={"help": "How fast."})
 
 
 def parse(*argv, config=None, folder=None):
@@ -115,3 +115,28 @@ def test_an_option_is_found_on_the_command_line_and_in_the_file(tmp_path):
     assert names_option("names", ["--config", str(tmp_path / "a.yaml")])
     assert not names_option("names", ["--config", str(tmp_path / "none.yaml")])
     assert not names_option("names", ["--num_things", "names"])
+
+
+def help_of(capsys, *argv) -> list[str]:
+    with pytest.raises(SystemExit) as stopped:
+        OptionParser((Example, Other), prog="example", epilog="example --rate 1\nexample --shown").parse(["-h", *argv])
+    assert stopped.value.code == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_help_is_a_line_an_option_with_its_default_and_the_examples_as_they_stand(capsys):
+    said = help_of(capsys)
+    assert said[0] == "usage: example [--option value ...]"
+    lines = {line.split()[0].rstrip(","): line.strip() for line in said if line.startswith("  -")}
+    assert " ".join(lines["--num_things"].split()) == "--num_things N How many. [3]"
+    assert " ".join(lines["--shown"].split()) == "--shown, --no_shown Show it. [yes]"
+    assert " ".join(lines["--rate"].split()) == "--rate X How fast. [0.0]"
+    assert lines["--bf16"] == "--bf16"
+    assert " ".join(lines["--names"].split()) == "--names TEXT ..."
+    assert lines["--kind"].endswith("Which 100 %: soft, hard. [soft]")
+    assert len(lines) == 9  # the seven of the classes, --help and --config
+    assert said[-2:] == ["example --rate 1", "example --shown"]
+
+
+def test_help_is_given_also_where_an_option_lacks_its_value(capsys):
+    assert help_of(capsys, "--names") == help_of(capsys)
