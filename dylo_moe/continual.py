@@ -31,6 +31,7 @@ from dylo_moe.lr_schedule import TwoPhaseLRScheduler
 from dylo_moe.model import DyLoRA_MoE
 from dylo_moe.novelty import BLOCKS_IN_A_BATCH, FEWEST_BATCHES, NoveltyDetector, Verdict
 from dylo_moe.router_replay import RouterReplay, refit_router
+from dylo_moe.run_settings import SETTINGS, refuse_other_settings
 from dylo_moe.skills import SkillLibrary, embed_blocks, measure_background
 from dylo_moe.training import multiplies_bf16_fast
 from foundation.base_identity import BaseIdentity
@@ -45,7 +46,7 @@ logger = logging.getLogger(__name__)
 # The router's weight decay while an expert is consolidated: one that is trained at a fraction of its weight grows too
 # loud for the text of others, which gives it some weight too.
 SURE = 1e-3
-SETTINGS, RESULTS, TABLE, PICTURE, VISIT = "settings.json", "results.json", "table.md", "forgetting.png", "visit.json"
+RESULTS, TABLE, PICTURE, VISIT = "results.json", "table.md", "forgetting.png", "visit.json"
 
 
 @dataclass(kw_only=True)
@@ -172,7 +173,7 @@ def run(config: ContinualConfig) -> dict:
         ValueError: unknown or too little data, or an output folder with a run of other settings.
     """
     started, output = time.monotonic(), Path(config.output_dir)
-    _refuse_other_settings(output, config)
+    refuse_other_settings(output, asdict(config), free=("output_dir",))
     base, tokenizer = load_base_model(config.model_name)
     if config.first_adapted_block >= base.config.get_text_config().num_hidden_layers:
         raise ValueError(
@@ -406,20 +407,3 @@ def _said(verdict: Verdict, expert: str) -> str:
         return f"the first skill, learnt by {expert}"
     near = f"similarity {verdict.similarity:.3f} to {verdict.nearest}, threshold {verdict.threshold:.3f}"
     return f"new ({near}): {expert} is added" if verdict.is_novel else f"known ({near}): {expert} learns on"
-
-
-def _refuse_other_settings(output: Path, config: ContinualConfig) -> None:
-    file = output / SETTINGS
-    if not file.exists():
-        return
-    held = json.loads(file.read_text())
-    differs = [
-        f"{name} ({held.get(name)} there, {value} asked for)"
-        for name, value in asdict(config).items()
-        if name != "output_dir" and held.get(name) != value
-    ]
-    if differs:
-        raise ValueError(
-            f"{output} holds a run with other settings: {'; '.join(differs)}. Choose another --output_dir, or remove "
-            "that folder."
-        )

@@ -17,11 +17,12 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
-from dylo_moe.first_mixture import MIXTURE, SETTINGS
+from dylo_moe.first_mixture import MIXTURE
 from dylo_moe.humaneval import Outcome, complete_problems, load_problems, run_tests, write_samples
 from dylo_moe.lm_eval_tasks import find_tasks, run_tasks
 from dylo_moe.model import SETTINGS as GROWING_SETTINGS
 from dylo_moe.model import DyLoRA_MoE
+from dylo_moe.run_settings import SETTINGS
 from dylo_moe.training_data import DataConfig, prepare
 from foundation.base_identity import BaseIdentity
 from foundation.base_model import Quantization, load_base_model

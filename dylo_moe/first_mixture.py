@@ -6,7 +6,6 @@ What is on disk is not made again: a run that was broken off continues where it 
 settings.
 """
 
-import json
 import logging
 import os
 from dataclasses import asdict, dataclass, field
@@ -20,6 +19,7 @@ from transformers import set_seed
 from dylo_moe import data_report
 from dylo_moe.adapters import MixtureConfig, add_lora_of_size, add_mixture, num_trained
 from dylo_moe.expert_usage import draw_usage, usage_by_block
+from dylo_moe.run_settings import SETTINGS, refuse_other_settings
 from dylo_moe.throughput import tokens_per_second
 from dylo_moe.training import CHECKPOINTS, TrainingConfig, is_trained, train_adapter
 from dylo_moe.training_data import DataConfig, PreparedData, prepare
@@ -33,10 +33,10 @@ from foundation.whole_files import write_json
 
 logger = logging.getLogger(__name__)
 
-SETTINGS, RESULTS, PICTURE = "settings.json", "results.json", "usage.png"
+RESULTS, PICTURE = "results.json", "usage.png"
 MIXTURE, LORA = "mixture", "lora"
 # Settings that change nothing in what a run computes, so that it may be continued with others.
-FREE_SETTINGS = ("resume_from_checkpoint", "data_prep_only", "report_to", "eval_batch_size")
+FREE_SETTINGS = ("output_dir", "resume_from_checkpoint", "data_prep_only", "report_to", "eval_batch_size")
 
 
 @dataclass(kw_only=True)
@@ -52,7 +52,7 @@ class RunConfig:
     resume_from_checkpoint: bool | None = field(
         default=None,
         metadata={
-            "help": "Continue the run in output_dir, or refuse; false: begin anew. By default: continue if there is one."
+            "help": "Continue the run in output_dir, or refuse; false: begin anew. By default: if there is one."
         },
     )
     data_prep_only: bool = field(
@@ -80,7 +80,7 @@ def run(mixture: MixtureConfig, data: DataConfig, training: TrainingConfig, conf
         "training": asdict(training),
         "run": asdict(config),
     }
-    _refuse_other_settings(output, settings)
+    refuse_other_settings(output, settings, free=FREE_SETTINGS)
     _refuse_to_continue_nothing(output, config)
     base, tokenizer = _load_base(config, training)
     apart = _documents_kept_apart(base, data)
@@ -204,24 +204,6 @@ def _load_saved(folder: Path, config: RunConfig) -> PeftModel:
     if config.quant == "none" and torch.cuda.is_available():
         model = model.to("cuda")
     return model
-
-
-def _refuse_other_settings(output: Path, settings: dict) -> None:
-    file = output / SETTINGS
-    if not file.exists():
-        return
-    held = json.loads(file.read_text(encoding="utf-8"))
-    differs = [
-        f"{name} ({held.get(part, {}).get(name)} there, {value} asked for)"
-        for part, values in settings.items()
-        for name, value in values.items()
-        if name not in FREE_SETTINGS and held.get(part, {}).get(name) != value
-    ]
-    if differs:
-        raise ValueError(
-            f"{output} holds a run with other settings: {'; '.join(differs)}. Choose another --output_dir, or remove "
-            "that folder."
-        )
 
 
 def _refuse_to_continue_nothing(output: Path, config: RunConfig) -> None:

@@ -9,6 +9,7 @@ the middle. With `keep_truncated` its first tokens are kept, if part of an answe
 """
 
 import copy
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +50,12 @@ def is_instruction(columns: Iterable[str]) -> bool:
 
 
 def encode_examples(
-    documents: Iterable[dict[str, Any]], tokenizer, *, max_seq_length: int, keep_truncated: bool = False
+    documents: Iterable[dict[str, Any]],
+    tokenizer,
+    *,
+    max_seq_length: int,
+    keep_truncated: bool = False,
+    where: Iterable[str] | None = None,
 ) -> EncodedExamples:
     """Encode conversations one by one; see the top of this file for what is cut and what is left out.
 
@@ -58,14 +64,15 @@ def encode_examples(
         tokenizer: any transformers tokenizer.
         max_seq_length: tokens that an example may have.
         keep_truncated: keep the first tokens of a longer one.
+        where: what each is called in an error; by default example 1, example 2 and so on.
 
     Raises:
         ValueError: a row is no conversation, or its template cannot be split into question and answer.
     """
     tokenizer = with_chat_template(tokenizer)
     rows, truncated, left_out, trained = [], 0, 0, 0
-    for number, document in enumerate(documents, start=1):
-        input_ids, labels = encode_conversation(as_messages(document, f"example {number}"), tokenizer)
+    for place, document in zip(where or map("example {}".format, itertools.count(1)), documents, strict=False):
+        input_ids, labels = encode_conversation(as_messages(document, place), tokenizer)
         too_long = len(input_ids) > max_seq_length
         truncated += too_long
         kept = labels[1:max_seq_length]  # the first label is never predicted

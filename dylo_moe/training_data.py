@@ -160,7 +160,11 @@ def _padding_at_the_end(labels: list[int]) -> int:
 def _conversations(name, documents, order, tokenizer, config, *, apart, training, limit) -> PreparedData:
     examples = documents.select(order)
     encoded = encode_examples(
-        examples, tokenizer, max_seq_length=config.max_seq_length, keep_truncated=config.keep_truncated
+        examples,
+        tokenizer,
+        max_seq_length=config.max_seq_length,
+        keep_truncated=config.keep_truncated,
+        where=[f"{name}, example {index + 1}" for index in order],
     )
     if encoded.num_left_out:
         logger.warning(

@@ -82,14 +82,23 @@ def load_base_model(
 
     Returns:
         The model, in eval mode on the CPU, and its tokenizer, with a padding token.
+
+    Raises:
+        FileNotFoundError, ValueError: as `resolve_model_name`; or the hub or the folder does not hold the model.
     """
     where = resolve_model_name(name)
     if dtype is None:
         dtype = "auto" if torch.cuda.is_available() else torch.float32
-    tokenizer = AutoTokenizer.from_pretrained(where)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where)
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, quantization_config=_format(quant))
+    except OSError as unread:  # transformers' answer to a hub it cannot reach, a wrong id and a missing file alike
+        raise ValueError(
+            f"The model '{name}' could not be read: {str(unread).splitlines()[0]} Check its name and the network, or "
+            "give a local folder."
+        ) from unread
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, quantization_config=_format(quant))
     if quant == "4bit" and not torch.cuda.is_available():
         _check_four_bits_on_cpu(model)
     return model, tokenizer

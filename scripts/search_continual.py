@@ -96,8 +96,8 @@ def bracket(measure: Callable[[float], Nll], first: float, name: str) -> dict[fl
         measured[value] = measure(value)
         logger.info("%s %g: mean validation perplexity %.2f", name, value, mean_perplexity(measured[value]))
 
-    for value in (first, first / 2, first * 2):
-        add(value)
+    add(first)
+    add(first / 2)
     while (best := lowest(measured)) in (min(measured), max(measured)):
         add(best / 2 if best == min(measured) else best * 2)
     return dict(sorted(measured.items()))

@@ -270,6 +270,12 @@ def test_a_setting_out_of_range_is_refused(changed, message):
         ContinualConfig(**changed)
 
 
+def test_an_output_folder_that_is_a_file_is_refused(tiny_base, sources, tmp_path):
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(ValueError, match="notes, which is a file. Name a folder with --output_dir"):
+        run(config_of(tiny_base, tmp_path / "notes", [sources["rain"]]))
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

@@ -1,6 +1,7 @@
 """`train.py` from its options to its files, on a tiny random base and small text files."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -99,6 +100,20 @@ def test_other_settings_in_the_same_folder_are_refused_and_named(finished, tiny_
         train.main(tiny_options(finished, lora_r=3))
     assert stopped.value.code == 2
     assert "lora_r (2 there, 3 asked for)" in capsys.readouterr().err
+
+
+def test_a_finished_run_that_was_moved_is_still_that_run(finished, tiny_options, tmp_path, monkeypatch):
+    shutil.copytree(finished, tmp_path / "moved")
+    monkeypatch.setattr(first_mixture, "train_adapter", lambda *args: pytest.fail("trained again"))
+    assert train.main(tiny_options(tmp_path / "moved")) == 0
+
+
+def test_an_output_folder_that_is_a_file_is_refused(tiny_options, tmp_path, capsys):
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(SystemExit) as stopped:
+        train.main(tiny_options(tmp_path / "notes"))
+    assert stopped.value.code == 2
+    assert "notes, which is a file. Name a folder with --output_dir" in capsys.readouterr().err
 
 
 def test_each_kind_of_row_is_measured_as_it_was_trained(finished, tiny_options, tiny_sources, tiny_chats, tmp_path):

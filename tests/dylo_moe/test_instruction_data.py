@@ -112,6 +112,8 @@ def test_an_answer_is_needed(tokenizer):
         ValueError, match="example 2 has no message of the role 'assistant'.*its roles are system, user"
     ):
         encode_examples([{"messages": CHAT}, {"messages": CHAT[:2]}], tokenizer, max_seq_length=99)
+    with pytest.raises(ValueError, match="^chats.jsonl, example 8 has no message of the role 'assistant'"):
+        encode_examples([{"messages": CHAT[:2]}], tokenizer, max_seq_length=99, where=["chats.jsonl, example 8"])
 
 
 def test_a_template_that_rewrites_what_it_wrote_is_refused(tokenizer):

@@ -138,3 +138,8 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
 
 def test_the_dtype_that_is_asked_for_is_the_one_that_comes():
     assert load_base_model(dtype=torch.bfloat16)[0].dtype == torch.bfloat16
+
+
+def test_a_hub_model_that_cannot_be_read_is_one_line():
+    with pytest.raises(ValueError, match=r"^The model 'owner/nowhere' could not be read: [^\n]* give a local folder\.$"):
+        load_base_model("owner/nowhere")
