@@ -141,5 +141,5 @@ def test_the_dtype_that_is_asked_for_is_the_one_that_comes():
 
 
 def test_a_hub_model_that_cannot_be_read_is_one_line():
-    with pytest.raises(ValueError, match=r"^The model 'owner/nowhere' could not be read: [^\n]* give a local folder\.$"):
+    with pytest.raises(ValueError, match=r"^The model 'owner/nowhere' could not be read: .* local folder\.$"):
         load_base_model("owner/nowhere")
