@@ -67,7 +67,8 @@ def as_text(results: dict, output: Path) -> str:
     """The results as Markdown tables, what the detector decided, and where everything lies."""
     skills, compared = results["skills"], results["comparison"]
     shown = {skill: Path(skill).name for skill in skills}
-    lines = ["Held-out perplexity after each skill (lower is better)", ""]
+    split = results["settings"]["eval_split"]
+    lines = [f"Held-out perplexity after each skill ({split} documents; lower is better)", ""]
     lines += _header(["", "after", *shown.values(), "mean", "forgetting, nats", "in perplexity", "parameters"])
     lines.append(_perplexity_row("base", "", results["base"], skills, None, 0))
     for system in ("mixture", "sequential"):
@@ -104,7 +105,7 @@ def as_text(results: dict, output: Path) -> str:
     if "mean_perplexity_over_joint" in compared:
         lines.append(f"mean perplexity over that of one LoRA on all: {compared['mean_perplexity_over_joint']:.3f}")
     lines.append(f"kept for the router's replay: {results['replay_bytes']:,} bytes of token ids")
-    lines.append(f"seconds of this call: {results['seconds']:.0f}")
+    lines.append(f"seconds of this call: {results['seconds']:.0f}, processor time {results['cpu_seconds']:.0f}")
     last = f"{len(results['visits']):02d}"
     lines += ["", f"mixture   {output / 'mixture' / last}"]
     lines += [f"{name:<9} {output / file}" for name, file in _FILES.items()]

@@ -49,6 +49,8 @@ def results_of(**changed):
         "usage": {name: {"expert_0": 0.25, "expert_1": 0.75} for name in "abc"},
         "replay_bytes": 4096,
         "seconds": 12.0,
+        "cpu_seconds": 9.6,
+        "settings": {"eval_split": "test"},
         **changed,
     }
     results["comparison"] = compare(results)
@@ -91,6 +93,8 @@ def test_the_table_holds_every_figure_and_says_where_the_files_lie():
     assert "| c | a | 0.950 | 0.900 | known | expert_0 |" in text
     assert "| a | none |  |  | new | expert_0 |" in text
     assert "| b | 25.0 % | 75.0 % |" in text
+    assert "(test documents; lower is better)" in text
+    assert "seconds of this call: 12, processor time 10\n" in text
     for path in ("runs/x/mixture/03", "runs/x/results.json", "runs/x/table.md", "runs/x/forgetting.png"):
         assert path in text
 
