@@ -80,7 +80,7 @@ class ContinualConfig:
     consolidate_ratio: float = field(default=0.1, metadata={"help": "Rate of the second phase over the peak."})
     replay_blocks: int = field(default=16, metadata={"help": "Blocks kept of each skill, for the router alone."})
     router_weight_decay: float = field(
-        default=0.1, metadata={"help": "Of the router's fit; larger mixes the experts more."}
+        default=0.05, metadata={"help": "Of the router's fit; larger mixes the experts more."}
     )
     probe_blocks: int = field(default=32, metadata={"help": "Blocks by which an arriving skill is recognised."})
     calibration_blocks: int = field(default=64, metadata={"help": "Held-out blocks behind a novelty threshold."})
@@ -91,10 +91,10 @@ class ContinualConfig:
     )
     baselines: bool = field(default=True, metadata={"help": "Train the two LoRAs that the mixture is compared with."})
     sequential_learning_rate: float = field(
-        default=2e-3, metadata={"help": "Peak learning rate of the LoRA in sequence."}
+        default=1e-3, metadata={"help": "Peak learning rate of the LoRA in sequence."}
     )
     joint_learning_rate: float = field(
-        default=2e-3, metadata={"help": "Peak learning rate of the LoRA on all at once."}
+        default=1e-3, metadata={"help": "Peak learning rate of the LoRA on all at once."}
     )
     bf16: bool | None = field(
         default=None,

@@ -2,10 +2,12 @@
 
     python scripts/search_continual.py --continual prose code math --output_dir runs/search
 
-The mixture and its two baselines are each judged by the mean validation perplexity over all skills in the end. The
-peak learning rate is doubled and halved, from 2e-3 on, until the best one has a worse neighbour on either side; so is
-the weight decay of the router, which is fitted anew in the best mixture. No test text is read. What is on disk is not
-made again: a search that was interrupted goes on when it is started again with the same options.
+The mixture and the LoRA on all at once are judged by the mean validation perplexity over all skills in the end. The
+LoRA in sequence is judged by that of each skill when it has just been learnt: whoever finetunes in sequence does not
+know what is to come, and judged by the end it would choose to learn next to nothing. The peak learning rate is doubled
+and halved, from 2e-3 on, until the best one has a worse neighbour on either side; so is the weight decay of the
+router, which is fitted anew in the best mixture. No test text is read. What is on disk is not made again: a search
+that was interrupted goes on when it is started again with the same options.
 """
 
 import logging
@@ -30,6 +32,7 @@ logger = logging.getLogger("search_continual")
 
 FIRST_RATE, FIRST_DECAY = 2e-3, 0.1
 TABLE = "search.md"
+IN_THE_END = "the same, in the end"  # shown beside the option it belongs to, not chosen by
 
 Nll = dict[str, float]  # nats a token of each skill in the end
 
@@ -65,16 +68,21 @@ def search(config: ContinualConfig) -> dict[tuple[str, str], dict[float, Nll]]:
     measured["mixture", "router_weight_decay"] = bracket(refitted, FIRST_DECAY, "mixture, router weight decay")
     size = mixture(lowest(rates))["trained_parameters"]["mixture"]
 
+    in_the_end = {}
+
     def in_sequence(rate: float) -> Nll:
         settings = replace(config, sequential_learning_rate=rate)
         folder = output / f"sequential-{rate:g}"
-        return train_in_sequence(settings, folder, texts=texts, num_parameters=size)["mean_nll"][-1]
+        visits = train_in_sequence(settings, folder, texts=texts, num_parameters=size)["mean_nll"]
+        in_the_end[rate] = visits[-1]
+        return {skill: nll[skill] for skill, nll in zip(config.continual, visits, strict=True)}
 
     def on_all(rate: float) -> Nll:
         settings = replace(config, joint_learning_rate=rate)
         return train_joint(settings, output / f"joint-{rate:g}", texts=texts, num_parameters=size)["mean_nll"]
 
     measured["sequential", "sequential_learning_rate"] = bracket(in_sequence, FIRST_RATE, "in sequence, rate")
+    measured["sequential", IN_THE_END] = dict(sorted(in_the_end.items()))
     measured["joint", "joint_learning_rate"] = bracket(on_all, FIRST_RATE, "all at once, rate")
     return measured
 
@@ -111,14 +119,14 @@ def lowest(measured: dict[float, Nll]) -> float:
 def as_text(measured: dict[tuple[str, str], dict[float, Nll]]) -> str:
     """A Markdown table of all settings, and the best of each as options of train.py."""
     skills = list(next(iter(next(iter(measured.values())).values())))
-    lines = ["Validation perplexity in the end", ""]
+    lines = ["Validation perplexity in the end; in sequence, of each skill when just learnt", ""]
     lines += [f"| | option | value | {' | '.join(Path(skill).name for skill in skills)} | mean |"]
     lines += ["|" + " --- |" * (len(skills) + 4)]
     for (system, option), by_value in measured.items():
         for value, nll in by_value.items():
             cells = [NAMES[system], option, f"{value:g}", *(f"{math.exp(nll[skill]):.2f}" for skill in skills)]
             lines.append(f"| {' | '.join(cells)} | {mean_perplexity(nll):.2f} |")
-    best = [f"--{option} {lowest(by_value):g}" for (_, option), by_value in measured.items()]
+    best = [f"--{option} {lowest(by_value):g}" for (_, option), by_value in measured.items() if option != IN_THE_END]
     return "\n".join([*lines, "", f"best: {' '.join(best)}"]) + "\n"
 
 

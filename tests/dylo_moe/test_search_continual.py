@@ -57,6 +57,8 @@ def test_it_prints_every_setting_and_the_best_and_a_second_call_trains_nothing(a
         values = {float(line.split("|")[3]) for line in said.splitlines() if f"| {option} |" in line}
         chosen = float(said.split(f"--{option} ")[1].split()[0])
         assert min(values) < chosen < max(values)
+    in_the_end = [line for line in said.splitlines() if f"| {search_continual.IN_THE_END} |" in line]
+    assert len(in_the_end) == said.count("| sequential_learning_rate |")
     table = Path(argv[argv.index("--output_dir") + 1]) / "search.md"
     assert said == f"{table.read_text()}\ntable   {table}\n"
     monkeypatch.setattr("transformers.Trainer.train", lambda *args, **kwargs: pytest.fail("trained again"))
