@@ -1,0 +1,252 @@
+"""A frozen backbone with token heads and a router beside it: several tokens a backbone pass.
+
+    model = MultiTokenMoE(backbone, MultiTokenConfig(num_heads=3, k_max=2))
+    loss = model(input_ids=..., attention_mask=..., labels=...)["loss"]
+    tokens = generate(model, input_ids, max_new_tokens=100)          # generation.py
+
+Shape letters: B rows, L tokens, W window places (head j's at j, the backbone's own at 0), D hidden size, H heads,
+V vocabulary.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from foundation.packing import IGNORED_LABEL
+from moe_ext.multi_token.backbone import check_backbone, states_of
+from moe_ext.multi_token.heads import HeadKind, TokenHeads
+from moe_ext.multi_token.losses import LossWeights, head_loss, router_losses
+from moe_ext.multi_token.router import HeadRouter, gates_of
+from moe_ext.multi_token.windows import window_targets
+
+Stage = Literal["heads", "router"]
+
+
+@dataclass(kw_only=True)
+class MultiTokenConfig:
+    """What is built beside a backbone.
+
+    Args:
+        num_heads: H, tokens that can be drafted beyond the backbone's own.
+        k_max: heads that are on at a position, on average, when stage 2 ends.
+        head_width: numbers in a head's inner layer, in multiples of the hidden size.
+        kind: `sequential` heads read the tokens drafted before them; `independent` ones are there for comparison.
+        w_bce: weight of the router's binary cross-entropy.
+        w_lb: of its load balance.
+        w_ent: of its entropy.
+        w_budget: of what its gates exceed the budget by.
+    """
+
+    num_heads: int = 3
+    k_max: int = 2
+    head_width: int = 4
+    kind: HeadKind = "sequential"
+    w_bce: float = 1.0
+    w_lb: float = 0.2
+    w_ent: float = 0.01
+    w_budget: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.num_heads < 1:
+            raise ValueError(f"heads is {self.num_heads}, but there must be at least 1.")
+        if not 1 <= self.k_max <= self.num_heads:
+            raise ValueError(
+                f"k_max is {self.k_max}, but must lie between 1 and heads ({self.num_heads}): no more heads can be on "
+                "than there are. Lower k_max or raise heads."
+            )
+        if self.head_width < 1:
+            raise ValueError(f"head_width is {self.head_width}, but must be at least 1.")
+        if self.kind not in ("sequential", "independent"):
+            raise ValueError(f"kind is '{self.kind}', but must be sequential or independent.")
+        for name in ("w_bce", "w_lb", "w_ent", "w_budget"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, but a loss weight must not be negative.")
+
+    @property
+    def loss_weights(self) -> LossWeights:
+        return LossWeights(bce=self.w_bce, balance=self.w_lb, entropy=self.w_ent, budget=self.w_budget)
+
+
+@dataclass
+class Training:
+    """Where training stands; set before each step.
+
+    Args:
+        stage: `heads` trains the heads alone, all of them on; `router` trains both.
+        teacher_forcing: probability that a head reads the text's token rather than the one that was drafted.
+        heads_on: heads that are on at a position, on average.
+    """
+
+    stage: Stage = "heads"
+    teacher_forcing: float = 1.0
+    heads_on: float = field(default=float("inf"))
+
+
+class MultiTokenMoE(nn.Module):
+    """Router and heads; the backbone is used, never trained, saved or moved with them.
+
+    Args:
+        backbone: any causal language model of transformers, also one in 8 or 4 bits. Its weights are frozen.
+        config: what to build.
+
+    Raises:
+        ValueError: a model that has no lm_head, or whose lm_head reads something else than its body returns.
+    """
+
+    def __init__(self, backbone: PreTrainedModel, config: MultiTokenConfig) -> None:
+        super().__init__()
+        check_backbone(backbone)
+        backbone.requires_grad_(False).eval()
+        self.config = config
+        # In a tuple, where torch does not look for modules: the backbone is no part of the state dict.
+        self._held = (backbone,)
+        hidden_size = backbone.get_input_embeddings().weight.shape[1]
+        if backbone.config.get_text_config().hidden_size != hidden_size:
+            raise ValueError(
+                f"The embedding of {type(backbone).__name__} has {hidden_size} numbers and its states "
+                f"{backbone.config.get_text_config().hidden_size}; heads need both alike. Take another backbone."
+            )
+        self.heads = TokenHeads(config.num_heads, hidden_size, config.head_width * hidden_size, config.kind)
+        self.router = HeadRouter(hidden_size, hidden_size, config.num_heads)
+        self.training_state = Training()
+
+    @property
+    def backbone(self) -> PreTrainedModel:
+        return self._held[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where router and heads are."""
+        return self.router.layers[1].weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of router and heads."""
+        return self.router.layers[1].weight.dtype
+
+    @property
+    def backbone_device(self) -> torch.device:
+        return self.backbone.get_input_embeddings().weight.device
+
+    @property
+    def hf_device_map(self) -> dict[str, str]:
+        """What tells the Trainer that a model lies on two devices of one process, if it does."""
+        return {"backbone": str(self.backbone_device), "heads": str(self.device)}
+
+    @property
+    def off_id(self) -> int:
+        """The class that stands for OFF: one behind the last token that the lm_head knows."""
+        return self.backbone.get_output_embeddings().weight.shape[0]
+
+    @property
+    def end_ids(self) -> list[int]:
+        """The tokens that end a text; none where the backbone names none."""
+        named = [self.backbone.generation_config.eos_token_id, self.backbone.config.get_text_config().eos_token_id]
+        lists = [[end] if isinstance(end, int) else end for end in named if end is not None]
+        return sorted({end for ends in lists for end in ends})
+
+    def embed(self, tokens_N: Tensor) -> Tensor:
+        """[N, D] the backbone's embedding, where the heads are."""
+        table = self.backbone.get_input_embeddings()
+        return table(tokens_N.to(self.backbone_device)).to(self.device, self.dtype)
+
+    def lm_head(self, state_ND: Tensor) -> Tensor:
+        """[N, V] the backbone's own frozen lm_head on a head's state, where the heads are."""
+        layer = self.backbone.get_output_embeddings()
+        return layer(state_ND.to(self.backbone_device, layer.weight.dtype)).to(self.device)
+
+    def states(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> Tensor:
+        """[B, L, D] the backbone's states, where the heads are."""
+        where = self.backbone_device
+        states_BLD = states_of(self.backbone, input_ids_BL.to(where), attention_mask_BL.to(where))
+        return states_BLD.to(self.device, self.dtype)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """The losses of a batch of text at every position; see `Training` for what is on.
+
+        Args:
+            input_ids: [B, L].
+            attention_mask: [B, L], 0 on padding.
+            labels: [B, L], the tokens unshifted; -100 for those that are not to be learnt.
+
+        Returns:
+            `loss`, and its parts by name: `head_loss`, `right` (share of heads that are right where those before them
+            are), and in stage `router` the router's losses.
+        """
+        now = self.training_state
+        state_BLD = self.states(input_ids, attention_mask)
+        targets_BLW = window_targets(
+            labels, num_heads=self.config.num_heads, end_ids=self.end_ids, off_id=self.off_id
+        ).to(self.device)
+        # Positions with nothing to learn are dropped first: the lm_head is most of the cost.
+        learnt_BL = targets_BLW[..., 0] != IGNORED_LABEL
+        state_ND, targets_NW = state_BLD[learnt_BL], targets_BLW[learnt_BL]
+        nll_NH, drafts_NH, read_truth_NH = self.read_windows(state_ND, targets_NW, now.teacher_forcing)
+        router_logits_NH = self.router(state_ND)
+        known_NH = targets_NW[:, 1:] != IGNORED_LABEL
+        right_NH = (drafts_NH == targets_NW[:, 1:]) & known_NH
+        judged_NH = read_truth_NH & known_NH
+        on_NH = heads_on(gates_of(router_logits_NH.detach()), now.heads_on) & known_NH
+        parts = {
+            "head_loss": head_loss(nll_NH, on_NH),
+            "right": (right_NH & judged_NH).sum() / judged_NH.sum().clamp(min=1),
+        }
+        if now.stage == "heads":
+            return {"loss": parts["head_loss"], **parts}
+        routed = router_losses(
+            router_logits_NH, right_NH=right_NH, judged_NH=judged_NH, on_NH=on_NH, budget=now.heads_on
+        )
+        return {"loss": parts["head_loss"] + self.config.loss_weights.total(routed), **parts, **routed}
+
+    def read_windows(
+        self, state_ND: Tensor, targets_NW: Tensor, teacher_forcing: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Run all heads along windows of known text.
+
+        Args:
+            state_ND: the backbone's state before each window.
+            targets_NW: as `window_targets` gives them.
+            teacher_forcing: probability that a head reads the text's token rather than the draft of the head before.
+
+        Returns:
+            The negative log-likelihood of each head's target (0 where it is -100), the token each head drafts, and
+            whether all that a head has read of the window is the text's; each [N, H].
+        """
+        nll, drafts, read_truth = [], [], []
+        first_ND = state_ND
+        token_N = targets_NW[:, 0]
+        truth_N = torch.ones_like(token_N, dtype=torch.bool)
+        for place in range(self.config.num_heads):
+            target_N = targets_NW[:, place + 1]
+            known_N = (token_N >= 0) & (token_N < self.off_id)
+            # OFF, and what is not known, reads as zeros.
+            token_ND = self.embed(torch.where(known_N, token_N, 0)) * known_N[:, None]
+            state_ND = self.heads.step(place, first_ND, state_ND, token_ND)
+            logits_NV = self.heads.logits(place, state_ND, self.lm_head)
+            nll.append(cross_entropy(logits_NV, target_N, ignore_index=IGNORED_LABEL, reduction="none"))
+            drafts.append(logits_NV.detach().argmax(dim=-1))
+            read_truth.append(truth_N)
+            token_N = target_N
+            if teacher_forcing < 1:
+                taught_N = torch.rand(target_N.shape, device=target_N.device) < teacher_forcing
+                token_N = torch.where(taught_N, target_N, drafts[-1])
+            truth_N = truth_N & (token_N == target_N) & (target_N != IGNORED_LABEL)
+        return torch.stack(nll, dim=1), torch.stack(drafts, dim=1), torch.stack(read_truth, dim=1)
+
+
+def heads_on(gates_NH: Tensor, average: float) -> Tensor:
+    """[N, H] which heads are on: those with the highest gates, so many a position on average.
+
+    Gates never rise with the head's number, so those that are on are each position's first ones.
+    """
+    wanted = round(average * gates_NH.shape[0]) if average < gates_NH.shape[1] else gates_NH.numel()
+    if wanted >= gates_NH.numel():
+        return torch.ones_like(gates_NH, dtype=torch.bool)
+    highest = torch.topk(gates_NH.flatten(), max(1, wanted)).indices
+    on_M = torch.zeros(gates_NH.numel(), dtype=torch.bool, device=gates_NH.device)
+    on_M[highest] = True
+    return on_M.view_as(gates_NH)
