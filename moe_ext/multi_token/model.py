@@ -133,8 +133,10 @@ class MultiTokenMoE(nn.Module):
         return self.backbone.get_input_embeddings().weight.device
 
     @property
-    def hf_device_map(self) -> dict[str, str]:
-        """What tells the Trainer that a model lies on two devices of one process, if it does."""
+    def hf_device_map(self) -> dict[str, str] | None:
+        """What tells the Trainer that the model lies on two devices of one process, if it does."""
+        if self.device == self.backbone_device:
+            return None
         return {"backbone": str(self.backbone_device), "heads": str(self.device)}
 
     @property
