@@ -133,13 +133,6 @@ class MultiTokenMoE(nn.Module):
         return self.backbone.get_input_embeddings().weight.device
 
     @property
-    def hf_device_map(self) -> dict[str, str] | None:
-        """What tells the Trainer that the model lies on two devices of one process, if it does."""
-        if self.device == self.backbone_device:
-            return None
-        return {"backbone": str(self.backbone_device), "heads": str(self.device)}
-
-    @property
     def off_id(self) -> int:
         """The class that stands for OFF: one behind the last token that the lm_head knows."""
         return self.backbone.get_output_embeddings().weight.shape[0]

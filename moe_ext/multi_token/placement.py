@@ -20,4 +20,8 @@ def place(model: MultiTokenMoE) -> MultiTokenMoE:
     alone = "LOCAL_RANK" not in os.environ
     if getattr(model.backbone, "quantization_method", None) is None:
         model.backbone.to(f"cuda:{own}")
-    return model.to("cuda:1" if alone and num_gpus > 1 else model.backbone_device)
+    model.to("cuda:1" if alone and num_gpus > 1 else model.backbone_device)
+    if model.device != model.backbone_device:
+        # By this the Trainer knows that one process uses both, and does not make a copy for each.
+        model.hf_device_map = {"backbone": str(model.backbone_device), "heads": str(model.device)}
+    return model
