@@ -6,7 +6,7 @@ import sys
 from foundation.allocator import keep_freed_memory
 from foundation.downloads import DownloadError
 from foundation.options import OptionParser
-from moe_ext.multi_token.bench_command import bench
+from moe_ext.multi_token.bench import bench
 from moe_ext.multi_token.infer_command import infer
 from moe_ext.multi_token.options import BenchOptions, InferOptions, TrainOptions
 from moe_ext.multi_token.train_command import train

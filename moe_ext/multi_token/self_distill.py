@@ -7,16 +7,14 @@ Shape letters: B prompts, L tokens of the longest.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 
-import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_ext.multi_token.data import continued_row
 
-BATCH = 64  # prompts continued at once
+BATCH = 128  # prompts continued at once
 
 
 def continue_prompts(
@@ -25,7 +23,6 @@ def continue_prompts(
     prompts: Sequence[list[int]],
     *,
     num_tokens: int,
-    bf16: bool = False,
 ) -> Dataset:
     """Rows of prompts and what the backbone says next, of which only the latter is learnt.
 
@@ -34,7 +31,6 @@ def continue_prompts(
         tokenizer: its own.
         prompts: tokens of each.
         num_tokens: most new tokens of each.
-        bf16: in bfloat16 autocast, which changes a token here and there.
     """
     # Alike in length, so that little is padded; a row is a row wherever it stands.
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
@@ -44,8 +40,7 @@ def continue_prompts(
         batch = tokenizer.pad(
             {"input_ids": [prompts[place] for place in places]}, padding_side="left", return_tensors="pt"
         ).to(where)
-        with torch.autocast(where.type, torch.bfloat16) if bf16 else nullcontext():
-            written_BL = backbone.generate(**batch, max_new_tokens=num_tokens, do_sample=False)
+        written_BL = backbone.generate(**batch, max_new_tokens=num_tokens, do_sample=False)
         for place, new in zip(places, written_BL[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
             rows[place] = continued_row(prompts[place], _until_end(new, backbone.generation_config.eos_token_id))
     return Dataset.from_list(rows)

@@ -86,13 +86,13 @@ def _rows(options: TrainOptions, source: Source, model: MultiTokenMoE, tokenizer
     if not kept.exists():
         prompts = to_prompts(source, tokenizer, length=options.prompt_length, whole_texts=False)
         chosen = _some(Dataset.from_dict({"tokens": prompts}), options)["tokens"]
-        rows = continue_prompts(
-            model.backbone,
-            tokenizer,
-            list(chosen),
-            num_tokens=options.length - options.prompt_length,
-            bf16=options.bf16,
-        )
+        backbone = model.backbone
+        if options.bf16 and options.quant == "none":
+            # Twice as fast; a token here and there is another, which a target for training may be.
+            backbone, _ = load_base_model(options.model, dtype=torch.bfloat16)
+            backbone.to(model.backbone_device)
+        new_tokens = options.length - options.prompt_length
+        rows = continue_prompts(backbone, tokenizer, list(chosen), num_tokens=new_tokens)
         with whole_file(kept) as partial:
             rows.to_parquet(partial)
     return Dataset.from_parquet(str(kept), cache_dir=str(out / "cache"), keep_in_memory=True)
