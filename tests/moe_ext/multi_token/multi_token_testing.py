@@ -1,0 +1,96 @@
+"""Tiny random backbones of several families, and drafts whose quality is known."""
+
+import torch
+from torch import Tensor
+from transformers import (
+    GemmaConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+)
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+from moe_ext.multi_token.generation import DecodingLoop
+from moe_ext.multi_token.model import MultiTokenConfig, MultiTokenMoE
+from moe_ext.multi_token.planning import FixedPlan
+
+VOCABULARY = 40
+END = 1
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": END,
+    "pad_token_id": 2,
+}
+CONFIGS = {
+    "gpt2": lambda: GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=128,
+        bos_token_id=0,
+        eos_token_id=END,
+        pad_token_id=2,
+    ),
+    "llama": lambda: LlamaConfig(**SIZES),
+    "qwen2": lambda: Qwen2Config(**SIZES),
+    "gemma": lambda: GemmaConfig(**SIZES, head_dim=8),
+    "mistral, window of 8": lambda: MistralConfig(**SIZES, sliding_window=8),
+}
+FAMILIES = tuple(CONFIGS)
+
+
+def make_backbone(family: str = "llama", *, seed: int = 0, end: int | None = END) -> PreTrainedModel:
+    """A random backbone whose greedy text does not repeat one token; float64 where rounding must not matter."""
+    torch.manual_seed(seed)
+    backbone = AutoModelForCausalLM.from_config(CONFIGS[family]())
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            parameter.mul_(4.0)  # decided scores: no near ties
+    backbone.generation_config.eos_token_id = end
+    backbone.generation_config.pad_token_id = 2
+    return backbone.eval()
+
+
+def make_model(family: str = "llama", *, num_heads: int = 3, seed: int = 0, **settings) -> MultiTokenMoE:
+    """Heads beside a random backbone, themselves random too, so that they say something else than the backbone."""
+    backbone = make_backbone(family, seed=seed)
+    model = MultiTokenMoE(backbone, MultiTokenConfig(num_heads=num_heads, **{"k_max": 1, **settings}))
+    with torch.no_grad():
+        for block in model.heads.blocks:
+            torch.nn.init.normal_(block.down.weight, std=0.1)
+    return model.eval()
+
+
+class OracleLoop(DecodingLoop):
+    """Drafts what is known to come, each token wrong with some probability.
+
+    Args:
+        model: its backbone verifies.
+        future_BL: sequences the backbone is known to write.
+        wrong: probability that a drafted token is another one.
+    """
+
+    def __init__(self, model: MultiTokenMoE, future_BL: Tensor, *, wrong: float, drafted: int = 3, **settings) -> None:
+        super().__init__(model, FixedPlan(drafted), **settings)
+        self.future_BL = future_BL
+        self.wrong = wrong
+        self.generator = torch.Generator().manual_seed(0)
+
+    def _draft(self, state_BD, rows):
+        start = rows.ids_BL.shape[1]
+        drafted = min(self.plan.choose(None), rows.room - 1)
+        draft_BK = self.future_BL[:, start : start + drafted]
+        missing = drafted - draft_BK.shape[1]
+        draft_BK = torch.nn.functional.pad(draft_BK, (0, missing), value=5)
+        other_BK = torch.rand(draft_BK.shape, generator=self.generator) < self.wrong
+        return torch.where(other_BK, (draft_BK + 1) % VOCABULARY, draft_BK)
