@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
@@ -219,7 +219,7 @@ class DecodingLoop:
 def costs_of(model: MultiTokenMoE, *, batch_size: int = 1) -> PassCosts:
     """Measure c(k), drafting included, of a model where it is, behind a short text of arbitrary tokens."""
     text_BL = torch.arange(COST_CONTEXT, device=model.backbone_device).repeat(batch_size, 1) % model.off_id
-    cache = model.backbone(input_ids=text_BL[:, :1], use_cache=True).past_key_values
+    cache = DynamicCache(config=model.backbone.config)
     with backbone_passes(model.backbone, text_BL, {"past_key_values": cache}) as passes:
         passes.read_prompt()
         state_BD = passes.state_at(-1)
