@@ -178,7 +178,7 @@ class MultiTokenMoE(nn.Module):
             labels, num_heads=self.config.num_heads, end_ids=self.end_ids, off_id=self.off_id
         ).to(self.device)
         # Positions with nothing to learn are dropped first: the lm_head is most of the cost.
-        learnt_BL = targets_BLW[..., 0] != IGNORED_LABEL
+        learnt_BL = (targets_BLW[..., 0] != IGNORED_LABEL) & attention_mask.to(self.device).bool()
         state_ND, targets_NW = state_BLD[learnt_BL], targets_BLW[learnt_BL]
         nll_NH, right_NH, read_truth_NH = self.read_windows(state_ND, targets_NW, now.teacher_forcing)
         router_logits_NH = self.router(state_ND)

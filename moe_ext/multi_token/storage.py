@@ -10,6 +10,7 @@
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -148,7 +149,10 @@ def _read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
         except SafetensorError as wrong:
             raise ValueError(f"{plain} cannot be read: {wrong}. Train anew, or restore the file.") from wrong
     if older.is_file():
-        return torch.load(older, map_location="cpu", weights_only=True)
+        try:
+            return torch.load(older, map_location="cpu", weights_only=True)
+        except (UnpicklingError, RuntimeError) as wrong:
+            raise ValueError(f"{older} cannot be read as plain tensors: {wrong}. Train anew.") from wrong
     raise ValueError(f"{folder} holds neither {plain.name} nor {older.name}. Train anew, or restore the file.")
 
 

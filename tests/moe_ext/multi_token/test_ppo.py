@@ -3,13 +3,11 @@ import itertools
 import pytest
 import torch
 from multi_token_testing import make_model
-from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moe_ext.multi_token.model import MultiTokenConfig, MultiTokenMoE
 from moe_ext.multi_token.policy import SILENT, Windows, act, divergence, judge
 from moe_ext.multi_token.ppo import PPOSettings, Task, advantages, play, ppo_losses, train_ppo
-from moe_ext.multi_token.rewards import RewardWeights
 
 CLASSES = 6
 END = 1
@@ -64,35 +62,12 @@ def test_the_best_policy_of_a_known_problem_is_found(tmp_path):
     assert after.parts == {"accuracy": 1.0, "order": 1.0, "efficiency": 1.0, "stop": 1.0}
 
 
-@pytest.mark.timeout(120)
-def test_a_router_that_is_paid_for_silence_falls_silent(tmp_path):
-    """Only order counts and the right answer is the backbone's own, which heads that say something else disturb."""
-    model = tiny_model()
-    with torch.no_grad():
-        for block in model.heads.blocks:
-            nn.init.normal_(block.down.weight, std=2.0)
-    prompt = [3, 2, 4]
-    task = Task(prompt, own_tokens(model, prompt, 4))
-    rewards = RewardWeights(accuracy=0.0, order=1.0, efficiency=0.0, stop=0.0)
-    settings = PPOSettings(steps=60, episodes=16, lr=1e-2, w_kl=0.0, longest=4, save_steps=1000, rewards=rewards)
-    # The heads stay as they are, so that silence is all there is to learn.
-    chance = lambda: float(torch.sigmoid(model.router(play(model, task, settings).windows.state_ND))[0, 0])  # noqa: E731
-    before = chance()
-    model.heads.requires_grad_(False)
-    first_weights = model.heads.blocks[0].up.weight.clone()
-    train_ppo(model, [task], settings, tmp_path)
-    del first_weights
-    after = play(model, task, settings, greedy=True)
-    assert after.parts["order"] == 1.0
-    assert chance() < before or after.written == task.reference
-
-
 def test_a_large_weight_on_the_divergence_keeps_the_policy_of_stage_2(tmp_path):
     moved = {}
     for weight in (0.0, 100.0):
         model = tiny_model()
         task = one_task(model)
-        settings = PPOSettings(steps=15, episodes=8, lr=1e-3, w_kl=weight, longest=6, save_steps=1000)
+        settings = PPOSettings(steps=8, episodes=6, lr=1e-3, w_kl=weight, longest=6, save_steps=1000)
         start = {name: value.clone() for name, value in model.state_dict().items()}
         train_ppo(model, [task], settings, tmp_path / str(weight))
         windows = play(model, task, settings).windows
