@@ -31,6 +31,14 @@ class Pair:
     response: str
 
 
+@dataclass(frozen=True)
+class Task:
+    """Tokens of a question and of its right answer, the end included."""
+
+    prompt: list[int]
+    reference: list[int]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """What `--data` named, read for one split.
@@ -136,6 +144,31 @@ def to_prompts(source: Source, tokenizer: PreTrainedTokenizerBase, *, length: in
             starts = [0] if whole_texts or len(tokens) <= length else range(0, len(tokens) - length + 1, length)
             prompts += [tokens[start : start + size] for start in starts if size > 0]
     return prompts
+
+
+def to_tasks(
+    source: Source, tokenizer: PreTrainedTokenizerBase, *, prompt_length: int, longest: int
+) -> list[Task]:
+    """Questions and the right answers to them; of a document, how its beginning goes on.
+
+    Args:
+        source: as `read_source` gives it.
+        tokenizer: the backbone's own.
+        prompt_length: most tokens of a document's beginning; a short one is halved.
+        longest: most tokens of an answer.
+    """
+    end = tokenizer.eos_token_id
+    tasks = []
+    for pair in source.pairs:
+        answer = [*tokenizer(pair.response, add_special_tokens=False)["input_ids"], end]
+        tasks.append(Task(prompt_tokens(pair.question, tokenizer), answer[:longest]))
+    # Only the beginning is needed: a token is seldom longer than 16 characters.
+    texts = [text[: 16 * (prompt_length + longest)] for text in source.texts]
+    for tokens in tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []:
+        size = min(prompt_length, (len(tokens) + 1) // 2)
+        if size:
+            tasks.append(Task(tokens[:size], [*tokens[size:], end][:longest]))
+    return tasks
 
 
 def continued_row(prompt: list[int], continuation: list[int]) -> dict[str, list[int]]:

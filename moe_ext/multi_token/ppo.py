@@ -27,6 +27,7 @@ from transformers import DynamicCache
 
 from foundation.checkpoints import mark_complete, newest_complete, remove_incomplete
 from foundation.whole_files import whole_file
+from moe_ext.multi_token.data import Task
 from moe_ext.multi_token.model import MultiTokenMoE
 from moe_ext.multi_token.passes import backbone_passes
 from moe_ext.multi_token.policy import Decisions, Windows, act, divergence, judge
@@ -35,14 +36,6 @@ from moe_ext.multi_token.rewards import RewardWeights, reward_parts
 logger = logging.getLogger(__name__)
 
 STATE = "state.pt"
-
-
-@dataclass(frozen=True)
-class Task:
-    """Tokens of a question and of its right answer, the end included."""
-
-    prompt: list[int]
-    reference: list[int]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,10 +13,11 @@ from datasets import Dataset
 from foundation.base_identity import BaseIdentity
 from foundation.base_model import load_base_model, resolve_model_name
 from foundation.whole_files import whole_file, write_json
-from moe_ext.multi_token.data import Source, read_source, to_prompts, to_rows
+from moe_ext.multi_token.data import Source, read_source, to_prompts, to_rows, to_tasks
 from moe_ext.multi_token.model import MultiTokenMoE, Stage
 from moe_ext.multi_token.options import TrainOptions
 from moe_ext.multi_token.placement import place
+from moe_ext.multi_token.ppo import PPOSettings, train_ppo
 from moe_ext.multi_token.self_distill import continue_prompts
 from moe_ext.multi_token.storage import Meta, onto, read_config, read_meta, save
 from moe_ext.multi_token.training import StageSettings, train_stage
@@ -73,9 +74,37 @@ def train(options: TrainOptions) -> Path:
             seed=options.seed,
         )
         train_stage(model, rows, settings, out / "checkpoints" / name)
-        save(model, tokenizer, Meta(stage=name, backbone=identity, options=asdict(options)), folder)
-        logger.info("%s is written", folder)
+        _keep(model, tokenizer, identity, options, source, folder)
+    if options.ppo_steps > 0:
+        folder = out / "ppo_final"
+        if folder.exists():
+            logger.info("%s is there already", folder)
+            return folder
+        settings = PPOSettings(
+            steps=options.ppo_steps,
+            lr=options.ppo_lr,
+            longest=options.length - options.prompt_length,
+            save_steps=options.save_steps,
+            logging_steps=options.logging_steps,
+            seed=options.seed,
+        )
+        tasks = to_tasks(source, tokenizer, prompt_length=options.prompt_length, longest=settings.longest)
+        train_ppo(model, tasks, settings, out / "checkpoints" / "ppo")
+        _keep(model, tokenizer, identity, options, source, folder)
     return folder
+
+
+def _keep(
+    model: MultiTokenMoE,
+    tokenizer,
+    identity: BaseIdentity,
+    options: TrainOptions,
+    source: Source,
+    folder: Path,
+) -> None:
+    noted = {**asdict(options), "pairs": bool(source.pairs)}
+    save(model, tokenizer, Meta(stage=folder.name, backbone=identity, options=noted), folder)
+    logger.info("%s is written", folder)
 
 
 def _rows(options: TrainOptions, source: Source, model: MultiTokenMoE, tokenizer, out: Path) -> Dataset:

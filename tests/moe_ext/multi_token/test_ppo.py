@@ -5,9 +5,10 @@ import torch
 from multi_token_testing import make_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from moe_ext.multi_token.data import Task
 from moe_ext.multi_token.model import MultiTokenConfig, MultiTokenMoE
 from moe_ext.multi_token.policy import SILENT, Windows, act, divergence, judge
-from moe_ext.multi_token.ppo import PPOSettings, Task, advantages, play, ppo_losses, train_ppo
+from moe_ext.multi_token.ppo import PPOSettings, advantages, play, ppo_losses, train_ppo
 
 CLASSES = 6
 END = 1
