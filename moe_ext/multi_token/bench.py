@@ -118,9 +118,7 @@ def bench(options: BenchOptions) -> str:
 def held_out_prompts(names: Sequence[str], tokenizer, options: BenchOptions) -> list[Prompt]:
     """The beginnings of held-out documents, the sources taking turns."""
     by_source = {
-        name: to_prompts(
-            read_source(name, options.split), tokenizer, length=options.prompt_length, whole_texts=True
-        )
+        name: to_prompts(read_source(name, options.split), tokenizer, length=options.prompt_length, whole_texts=True)
         for name in names
     }
     chosen: list[Prompt] = []
@@ -254,9 +252,7 @@ def summary(tallies: dict[str, Tally], num_prompts: int) -> dict[str, dict[str, 
             "times_generate_range": [min(ratios), max(ratios)],
             "exact_match": tally.exact / num_prompts,
             "nats_per_token": tally.nll / tally.tokens,
-            "acceptance": [
-                stood / max(1, tried) for stood, tried in zip(tally.accepted, tally.drafted, strict=True)
-            ],
+            "acceptance": [stood / max(1, tried) for stood, tried in zip(tally.accepted, tally.drafted, strict=True)],
             "drafted": tally.drafted,
         }
     return figures

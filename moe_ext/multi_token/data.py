@@ -125,7 +125,9 @@ def to_rows(source: Source, tokenizer: PreTrainedTokenizerBase, *, length: int) 
     return Dataset.from_list(rows)
 
 
-def to_prompts(source: Source, tokenizer: PreTrainedTokenizerBase, *, length: int, whole_texts: bool) -> list[list[int]]:
+def to_prompts(
+    source: Source, tokenizer: PreTrainedTokenizerBase, *, length: int, whole_texts: bool
+) -> list[list[int]]:
     """Beginnings to be continued.
 
     Args:
@@ -146,9 +148,7 @@ def to_prompts(source: Source, tokenizer: PreTrainedTokenizerBase, *, length: in
     return prompts
 
 
-def to_tasks(
-    source: Source, tokenizer: PreTrainedTokenizerBase, *, prompt_length: int, longest: int
-) -> list[Task]:
+def to_tasks(source: Source, tokenizer: PreTrainedTokenizerBase, *, prompt_length: int, longest: int) -> list[Task]:
     """Questions and the right answers to them; of a document, how its beginning goes on.
 
     Args:

@@ -75,9 +75,7 @@ class TokenHeads(nn.Module):
         super().__init__()
         self.kind: HeadKind = kind
         reads_token = kind == "sequential"
-        self.blocks = nn.ModuleList(
-            TokenHead(hidden_size, width, reads_token=reads_token) for _ in range(num_heads)
-        )
+        self.blocks = nn.ModuleList(TokenHead(hidden_size, width, reads_token=reads_token) for _ in range(num_heads))
 
     def step(self, place: int, first_ND: Tensor, state_ND: Tensor, token_ND: Tensor) -> Tensor:
         """The state of head `place` (from 0).

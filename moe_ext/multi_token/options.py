@@ -125,7 +125,9 @@ class BenchOptions:
     against: str | None = field(
         default=None, metadata={"help": "Second checkpoint with independent heads, to be measured beside it."}
     )
-    data: str | None = field(default=None, metadata={"help": "Held-out text; by default what was held out of training."})
+    data: str | None = field(
+        default=None, metadata={"help": "Held-out text; by default what was held out of training."}
+    )
     split: Literal["test", "validation", "all"] = field(default="test", metadata={"help": "Which part of it."})
     prompts: int = field(default=24, metadata={"help": "Prompts, the sources taking turns."})
     prompt_length: int = field(default=64, metadata={"help": "Most tokens of a prompt."})

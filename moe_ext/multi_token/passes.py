@@ -72,9 +72,7 @@ class BackbonePasses:
             offset_Q = torch.arange(before + 1, before + num_tokens + 1, device=tokens_BQ.device)
             arguments["position_ids"] = self.position_BP[:, -1:] + offset_Q
         self.num_passes += 1
-        return self.backbone(
-            input_ids=tokens_BQ, past_key_values=self.cache, **arguments, **self.rest
-        ).logits
+        return self.backbone(input_ids=tokens_BQ, past_key_values=self.cache, **arguments, **self.rest).logits
 
     def state_at(self, place: int) -> Tensor:
         """[B, D] the state behind the token at a place of the last pass (-1: its last)."""

@@ -1,10 +1,10 @@
 """Router and heads in a folder, and back onto their backbone; the backbone itself is never written.
 
-    config.json            MultiTokenConfig
-    heads.safetensors      (an older folder's heads.pt is read as well, with weights_only=True)
-    router.safetensors     (or router.pt)
-    moe_meta.json          which backbone, which stage, which training
-    tokenizer files        the backbone's own
+config.json            MultiTokenConfig
+heads.safetensors      (an older folder's heads.pt is read as well, with weights_only=True)
+router.safetensors     (or router.pt)
+moe_meta.json          which backbone, which stage, which training
+tokenizer files        the backbone's own
 """
 
 import json
@@ -83,9 +83,7 @@ def load(
     return place(model).eval(), tokenizer, meta
 
 
-def onto(
-    backbone: PreTrainedModel, folder: Path, *, config: MultiTokenConfig, meta: Meta, name: str
-) -> MultiTokenMoE:
+def onto(backbone: PreTrainedModel, folder: Path, *, config: MultiTokenConfig, meta: Meta, name: str) -> MultiTokenMoE:
     """Heads and router of a folder beside a backbone that is loaded already.
 
     Raises:

@@ -9,6 +9,7 @@ from random import Random
 
 import torch
 from datasets import Dataset
+from pyarrow.parquet import read_table
 
 from foundation.base_identity import BaseIdentity
 from foundation.base_model import load_base_model, resolve_model_name
@@ -48,10 +49,11 @@ def train(options: TrainOptions) -> Path:
     backbone, tokenizer = load_base_model(options.model, quant=options.quant)
     model = place(MultiTokenMoE(backbone, options.model_config()))
     identity = BaseIdentity.of(backbone, options.model)
-    out.mkdir(parents=True, exist_ok=True)
+    # What can be refused is refused before anything is written.
+    rows = None if options.self_distill else _some(to_rows(source, tokenizer, length=options.length), options)
     write_json(out / RUN, _identity_of_run(options, source))
-
-    rows = _rows(options, source, model, tokenizer, out)
+    if rows is None:
+        rows = _continuations(options, source, model, tokenizer, out / CONTINUATIONS)
     logger.info("%d rows, %d tokens", len(rows), sum(map(len, rows["input_ids"])))
     stages: list[tuple[str, Stage, float]] = [("s1", "heads", options.stage1_epochs)]
     if options.stage2_epochs > 0:
@@ -107,11 +109,8 @@ def _keep(
     logger.info("%s is written", folder)
 
 
-def _rows(options: TrainOptions, source: Source, model: MultiTokenMoE, tokenizer, out: Path) -> Dataset:
-    """What is trained on; the backbone's own continuations are written once and kept."""
-    if not options.self_distill:
-        return _some(to_rows(source, tokenizer, length=options.length), options)
-    kept = out / CONTINUATIONS
+def _continuations(options: TrainOptions, source: Source, model: MultiTokenMoE, tokenizer, kept: Path) -> Dataset:
+    """The backbone's own text, written once and kept."""
     if not kept.exists():
         prompts = to_prompts(source, tokenizer, length=options.prompt_length, whole_texts=False)
         chosen = _some(Dataset.from_dict({"tokens": prompts}), options)["tokens"]
@@ -124,7 +123,7 @@ def _rows(options: TrainOptions, source: Source, model: MultiTokenMoE, tokenizer
         rows = continue_prompts(backbone, tokenizer, list(chosen), num_tokens=new_tokens)
         with whole_file(kept) as partial:
             rows.to_parquet(partial)
-    return Dataset.from_parquet(str(kept), cache_dir=str(out / "cache"), keep_in_memory=True)
+    return Dataset.from_list(read_table(kept).to_pylist())
 
 
 def _some(rows: Dataset, options: TrainOptions) -> Dataset:

@@ -128,7 +128,11 @@ def test_generation_goes_on_from_a_filled_cache():
     model, given = make_model(), whole_mask(prompts(1))
     expected = greedy(model.backbone, given)
     first = model.backbone.generate(
-        **given, do_sample=False, max_new_tokens=8, return_dict_in_generate=True, custom_generate=oracle(model, expected)
+        **given,
+        do_sample=False,
+        max_new_tokens=8,
+        return_dict_in_generate=True,
+        custom_generate=oracle(model, expected),
     )
     more = whole_mask(first.sequences)
     tokens = model.backbone.generate(
@@ -209,9 +213,7 @@ class Collected(BaseStreamer):
 def test_a_streamer_gets_prompt_and_tokens_in_order_and_the_end():
     model, given = make_model(), whole_mask(prompts(1))
     streamer = Collected()
-    decoding = generate(
-        model, **given, do_sample=False, max_new_tokens=NEW, plan=FixedPlan(2), streamer=streamer
-    )
+    decoding = generate(model, **given, do_sample=False, max_new_tokens=NEW, plan=FixedPlan(2), streamer=streamer)
     assert streamer.ended
     assert streamer.pieces[0] == given["input_ids"][0].tolist()
     assert sum(streamer.pieces, []) == decoding.sequences[0].tolist()
@@ -297,9 +299,7 @@ def test_generation_without_a_cache_is_refused():
 def test_a_static_cache_is_refused():
     model, given = make_model(), whole_mask(prompts(1))
     with pytest.raises(ValueError, match="cannot forget single tokens"):
-        generate(
-            model, **given, max_new_tokens=4, do_sample=False, cache_implementation="static", plan=FixedPlan(1)
-        )
+        generate(model, **given, max_new_tokens=4, do_sample=False, cache_implementation="static", plan=FixedPlan(1))
 
 
 def test_a_state_that_runs_through_the_text_is_refused():

@@ -62,7 +62,9 @@ def test_heads_that_are_off_do_not_count():
 
 
 def test_each_weight_counts_for_its_loss():
-    parts = {name: torch.tensor(value) for name, value in
-             {"bce": 0.1, "balance": 0.2, "entropy": 0.3, "budget": 0.4}.items()}
+    parts = {
+        name: torch.tensor(value)
+        for name, value in {"bce": 0.1, "balance": 0.2, "entropy": 0.3, "budget": 0.4}.items()
+    }
     weights = LossWeights(bce=1, balance=10, entropy=100, budget=1000)
     assert float(weights.total(parts)) == pytest.approx(0.1 + 2 + 30 + 400)

@@ -113,9 +113,7 @@ def test_a_continuation_is_the_backbones_own(family):
     found = continue_prompts(backbone, Padding(), prompts, num_tokens=6)
     for prompt, row in zip(prompts, found, strict=True):
         tokens = torch.tensor([prompt])
-        expected = backbone.generate(
-            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=6, do_sample=False
-        )
+        expected = backbone.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=6, do_sample=False)
         assert row["input_ids"] == expected[0].tolist()
         assert row["labels"] == [-100] * len(prompt) + expected[0, len(prompt) :].tolist()
 
