@@ -44,6 +44,9 @@ def main(argv: list[str] | None = None) -> int:
             print(bench(options))
     except (ValueError, FileNotFoundError) as refused:
         parser.error(str(refused))
+    except KeyboardInterrupt:
+        print("Stopped. The same command goes on from the newest checkpoint.", file=sys.stderr)
+        return 130
     except DownloadError as failed:
         print(failed, file=sys.stderr)
         return 1

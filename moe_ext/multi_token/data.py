@@ -1,7 +1,7 @@
 """Text to train on: question/response pairs of a JSONL file, or plain text by way of the foundation.
 
-A pair becomes one row, the question put as the tokenizer's chat template puts it; plain text is packed into rows of one
-length, an end-of-text token after each document. Every token of a row is learnt from, the question's too.
+A pair becomes one row, the question put as the tokenizer's chat template puts it; plain text is packed into rows of
+one length, an end-of-text token after each document. Every token of a row is learnt from, the question's too.
 
 A twentieth of a file is held out for the bench, chosen by the SHA-256 of its text as `foundation.data` does.
 """

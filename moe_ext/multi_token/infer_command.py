@@ -8,8 +8,9 @@ import torch
 from transformers import TextStreamer
 
 from moe_ext.multi_token.data import prompt_tokens
-from moe_ext.multi_token.generation import generate
+from moe_ext.multi_token.generation import costs_of, generate
 from moe_ext.multi_token.options import InferOptions
+from moe_ext.multi_token.planning import OpenGates, Planner
 from moe_ext.multi_token.quality import negative_log_likelihood
 from moe_ext.multi_token.storage import load
 
@@ -26,10 +27,7 @@ def infer(options: InferOptions) -> None:
     model, tokenizer, meta = load(Path(options.ckpt), backbone_name=options.model, quant=options.quant)
     torch.manual_seed(options.seed)
     as_question = meta.options.get("pairs", False) if options.as_question is None else options.as_question
-    if as_question:
-        tokens = prompt_tokens(options.prompt, tokenizer)
-    else:
-        tokens = tokenizer(options.prompt)["input_ids"]
+    tokens = prompt_tokens(options.prompt, tokenizer) if as_question else tokenizer(options.prompt)["input_ids"]
     prompt_BL = torch.tensor([tokens])
     sampling = {"temperature": options.temperature, "do_sample": True} if options.temperature else {"do_sample": False}
     asked = {
@@ -39,9 +37,10 @@ def infer(options: InferOptions) -> None:
         "tokenizer": tokenizer,
         **sampling,
     }
+    plan = Planner(costs_of(model)) if options.mode == "lossless" else OpenGates()
     start = perf_counter()
     streamer = TextStreamer(tokenizer, skip_prompt=as_question, skip_special_tokens=True)
-    decoding = generate(model, prompt_BL, mode=options.mode, streamer=streamer, **asked)
+    decoding = generate(model, prompt_BL, mode=options.mode, plan=plan, streamer=streamer, **asked)
     seconds = perf_counter() - start
     report = decoding.report
     logger.info(

@@ -1,8 +1,8 @@
 """Stage 3: proximal policy optimisation of router and heads (Schulman et al. 2017, arXiv:1707.06347).
 
 An episode is an answer written in windows (policy.py), each read by the backbone unverified; its reward (rewards.py)
-comes at the end. The loss of a window with the ratio q of its probability now and when it was drawn, advantage A, return
-R and value v is
+comes at the end. The loss of a window with the ratio q of its probability now and when it was drawn, advantage A,
+return R and value v is
 
     -min(q A, clip(q, 1 - c, 1 + c) A)  +  w_value (v - R)^2  -  w_entropy H  +  w_kl KL(policy || policy of stage 2)
 

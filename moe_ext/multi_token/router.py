@@ -5,8 +5,8 @@ is right where all heads before it are, so a head's gate is
 
     g_j = prod_{i<=j} sigmoid(r_i)
 
-the probability that drafts 1..j are all accepted, and 1 + sum_{j<=k} g_j the tokens to expect of a pass that verifies k
-drafts. Gates never rise with j: heads that draft are always the first ones.
+the probability that drafts 1..j are all accepted, and 1 + sum_{j<=k} g_j the tokens to expect of a pass that verifies
+k drafts. Gates never rise with j: heads that draft are always the first ones.
 
 Shape letters: N positions (any leading shape), D hidden size, H heads.
 """

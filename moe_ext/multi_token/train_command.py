@@ -26,7 +26,8 @@ from moe_ext.multi_token.training import StageSettings, train_stage
 logger = logging.getLogger(__name__)
 
 RUN = "run.json"
-CONTINUATIONS = "continuations.parquet"
+CONTINUATIONS = "continuations"
+PART = 1024  # prompts that are continued, and kept, together
 # What a run may be continued with although it differs: none of it changes a number.
 FREE_OPTIONS = ("out", "save_steps", "logging_steps")
 
@@ -109,21 +110,24 @@ def _keep(
     logger.info("%s is written", folder)
 
 
-def _continuations(options: TrainOptions, source: Source, model: MultiTokenMoE, tokenizer, kept: Path) -> Dataset:
-    """The backbone's own text, written once and kept."""
-    if not kept.exists():
-        prompts = to_prompts(source, tokenizer, length=options.prompt_length, whole_texts=False)
-        chosen = _some(Dataset.from_dict({"tokens": prompts}), options)["tokens"]
-        backbone = model.backbone
-        if options.bf16 and options.quant == "none":
-            # Twice as fast; a token here and there is another, which a target for training may be.
-            backbone, _ = load_base_model(options.model, dtype=torch.bfloat16)
-            backbone.to(model.backbone_device)
-        new_tokens = options.length - options.prompt_length
-        rows = continue_prompts(backbone, tokenizer, list(chosen), num_tokens=new_tokens)
-        with whole_file(kept) as partial:
-            rows.to_parquet(partial)
-    return Dataset.from_list(read_table(kept).to_pylist())
+def _continuations(options: TrainOptions, source: Source, model: MultiTokenMoE, tokenizer, folder: Path) -> Dataset:
+    """The backbone's own text; each part is written once and kept, so that a broken run goes on behind it."""
+    prompts = to_prompts(source, tokenizer, length=options.prompt_length, whole_texts=False)
+    chosen = list(_some(Dataset.from_dict({"tokens": prompts}), options)["tokens"])
+    parts = {folder / f"{start:07d}.parquet": chosen[start : start + PART] for start in range(0, len(chosen), PART)}
+    backbone = model.backbone
+    if options.bf16 and options.quant == "none" and not all(map(Path.exists, parts)):
+        # Twice as fast; a token here and there is another, which a target for training may be.
+        backbone, _ = load_base_model(options.model, dtype=torch.bfloat16)
+        backbone.to(model.backbone_device)
+    new_tokens = options.length - options.prompt_length
+    for kept, some in parts.items():
+        if not kept.exists():
+            logger.info("continuing %d prompts into %s", len(some), kept)
+            rows = continue_prompts(backbone, tokenizer, some, num_tokens=new_tokens)
+            with whole_file(kept) as partial:
+                rows.to_parquet(partial)
+    return Dataset.from_list([row for kept in parts for row in read_table(kept).to_pylist()])
 
 
 def _some(rows: Dataset, options: TrainOptions) -> Dataset:

@@ -121,7 +121,9 @@ def test_a_long_pair_is_cut(tokenizer):
 
 def test_text_is_packed_with_ends_between_documents(tokenizer):
     rows = to_rows(Source(pairs=[], texts=["one two", "three"]), tokenizer, length=8)
-    tokens = [token for row in rows for token, real in zip(row["input_ids"], row["attention_mask"]) if real]
+    tokens = [
+        token for row in rows for token, real in zip(row["input_ids"], row["attention_mask"], strict=True) if real
+    ]
     assert tokenizer.decode(tokens) == f"one two{tokenizer.eos_token}three{tokenizer.eos_token}"
 
 

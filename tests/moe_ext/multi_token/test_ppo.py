@@ -96,7 +96,7 @@ def test_probabilities_of_all_that_can_happen_in_a_window_add_up_to_one():
     state, first = torch.randn(1, 16), torch.tensor([3])
     every = [(SILENT, SILENT)]
     every += [(said, SILENT) for said in range(CLASSES + 1)]
-    every += [pair for pair in itertools.product(range(CLASSES), range(CLASSES + 1))]
+    every += list(itertools.product(range(CLASSES), range(CLASSES + 1)))
     spoken = torch.tensor(every)
     windows = Windows(state.repeat(len(every), 1), first.repeat(len(every)), spoken)
     total = judge(model, windows).log_prob_N.exp().sum()
