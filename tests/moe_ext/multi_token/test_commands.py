@@ -203,7 +203,8 @@ def test_an_unknown_command_is_refused(capsys):
 
 def test_help_names_the_commands_and_their_options(capsys):
     assert main(["--help"]) == 0
-    assert all(name in capsys.readouterr().out for name in COMMANDS)
+    said = capsys.readouterr().out
+    assert all(name in said for name in COMMANDS)
     for name in COMMANDS:
         with pytest.raises(SystemExit) as left:
             main([name, "--help"])
