@@ -21,14 +21,22 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, LlamaConfig, LlamaForCausalLM
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from foundation.allocator import keep_freed_memory
 from foundation.domains import DOMAINS
@@ -145,8 +153,24 @@ def rate_factor(step: int, config: BaseTrainingConfig, *, resumed_at: int) -> fl
     return warmup * decay
 
 
-def train(config: BaseTrainingConfig) -> dict:
-    """Train, write the model into config.output, and return the report that is written beside it."""
+def next_token_loss(model, tokens_BL: Tensor) -> Tensor:
+    """Mean loss of a token in nats."""
+    return model(input_ids=tokens_BL, labels=tokens_BL, use_cache=False).loss
+
+
+def train(
+    config: BaseTrainingConfig,
+    *,
+    build_model: Callable = build_model,
+    loss_of: Callable[..., Tensor] = next_token_loss,
+) -> dict:
+    """Train, write the model into config.output, and return the report that is written beside it.
+
+    Args:
+        config: the run.
+        build_model: makes the untrained model of a tokenizer and a `context` in tokens.
+        loss_of: what is minimised, of a model and a batch of blocks.
+    """
     if not keep_freed_memory():
         logger.info("the allocator stays as it is: large tensors may be slow to come by")
     tokenizer = AutoTokenizer.from_pretrained(config.output)
@@ -168,7 +192,7 @@ def train(config: BaseTrainingConfig) -> dict:
         state = load_checkpoint(checkpoint, model, optimizers)
         logger.info("continuing at step %d of %d", state["step"], config.steps)
     with signals_noted() as asked_to_stop:
-        run_steps(config, model, optimizers, samplers, state, tokenizer, asked_to_stop)
+        run_steps(config, model, loss_of, optimizers, samplers, state, tokenizer, asked_to_stop)
     if state["step"] < config.steps:
         logger.info("broken off at step %d; the same command continues it", state["step"])
         return {"steps": state["step"], "finished": False}
@@ -192,7 +216,7 @@ def signals_noted() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def run_steps(config, model, optimizers, samplers, state, tokenizer, asked_to_stop: list[int]) -> None:
+def run_steps(config, model, loss_of, optimizers, samplers, state, tokenizer, asked_to_stop: list[int]) -> None:
     """Run the remaining steps, or those until asked_to_stop is no longer empty; changes `state` in place."""
     resumed_at, started = state["step"], time.perf_counter() - state["seconds"]
     forward = torch.compile(model) if config.compile else model
@@ -204,7 +228,7 @@ def run_steps(config, model, optimizers, samplers, state, tokenizer, asked_to_st
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = factor * config.learning_rate
-        state["losses"].append(one_step(config, forward, model, optimizers, samplers, state))
+        state["losses"].append(one_step(config, forward, model, loss_of, optimizers, samplers, state))
         state["step"] += 1
         now = time.perf_counter()
         state["seconds"] = now - started
@@ -233,8 +257,8 @@ def run_steps(config, model, optimizers, samplers, state, tokenizer, asked_to_st
     save_checkpoint(checkpoint, model, optimizers, state)
 
 
-def one_step(config, forward, model, optimizers, samplers, state) -> float:
-    """One optimiser step; returns the mean loss in nats a token."""
+def one_step(config, forward, model, loss_of, optimizers, samplers, state) -> float:
+    """One optimiser step; returns the mean of what it minimises."""
     rng = np.random.default_rng([config.seed, state["step"]])
     counts = rng.multinomial(config.blocks_per_step, list(config.shares.values()))
     blocks = []
@@ -247,7 +271,7 @@ def one_step(config, forward, model, optimizers, samplers, state) -> float:
     total = 0.0
     for part in batch.split(config.blocks_at_once):
         with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
-            loss = forward(input_ids=part, labels=part, use_cache=False).loss
+            loss = loss_of(forward, part)
         weight = len(part) / len(batch)
         (loss * weight).backward()
         total += loss.item() * weight
@@ -297,11 +321,11 @@ def report_on(config: BaseTrainingConfig, state: dict, tokenizer) -> dict:
     }
 
 
-def write_model(model: LlamaForCausalLM, folder: Path) -> None:
+def write_model(model: PreTrainedModel, folder: Path) -> None:
     """Put a bf16 copy of the model into the folder; a reader finds the old weights or the new, never half of them."""
     scratch = folder.parent / f".{folder.name}-being-written"
     shutil.rmtree(scratch, ignore_errors=True)
-    stored = LlamaForCausalLM(model.config).to(torch.bfloat16)
+    stored = type(model)(model.config).to(torch.bfloat16)
     stored.load_state_dict(model.state_dict())
     stored.save_pretrained(scratch)
     for name in sorted(os.listdir(scratch)):
