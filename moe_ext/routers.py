@@ -125,9 +125,7 @@ def _check_router(model: nn.Module, name: str, module: nn.Module) -> None:
         )
 
 
-def _experts_beside(
-    model: nn.Module, block_name: str, block: nn.Module, *, num_experts: int
-) -> tuple[str, nn.Module]:
+def _experts_beside(model: nn.Module, block_name: str, block: nn.Module, *, num_experts: int) -> tuple[str, nn.Module]:
     for name, child in block.named_children():
         fused = [parameter for parameter in child.parameters(recurse=False) if parameter.ndim == 3]
         if fused and all(parameter.shape[0] == num_experts for parameter in fused):

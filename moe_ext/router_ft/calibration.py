@@ -34,7 +34,9 @@ class CalibrationConfig:
         if self.nsamples < 1:
             raise ValueError(f"nsamples is {self.nsamples}, but at least one block is needed.")
         if self.seqlen is not None and self.seqlen < 2:
-            raise ValueError(f"seqlen is {self.seqlen}, but at least 2 tokens are needed: one to read, one to predict.")
+            raise ValueError(
+                f"seqlen is {self.seqlen}, but at least 2 tokens are needed: one to read, one to predict."
+            )
 
     @property
     def sources(self) -> list[str]:

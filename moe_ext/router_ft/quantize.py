@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from moe_ext.router_ft.calibration import LayerWalk, recording
 from moe_ext.router_ft.formats import SCALE_DTYPE, check_format, pack, round_to_levels, scales_of, spread, unpack
 from moe_ext.router_ft.gptq import BLOCK_SIZE, DAMP, gptq, hessian_of
-from moe_ext.router_ft.matrices import Matrix, find_matrices
+from moe_ext.router_ft.matrices import Kind, Matrix, find_matrices
 from moe_ext.router_ft.plan import Plan
 from moe_ext.routers import MoeLayer, moe_layers
 
@@ -39,13 +39,14 @@ class MatrixReport:
     """What became of one matrix.
 
     Args:
-        name, format: which matrix, in which format.
+        name, kind, format: which matrix, in which format.
         method: `gptq`, `round`, or `none` for BF16.
         tokens: calibration tokens that reached it; None without calibration.
         output_error: |(W - Q) X|^2 / |W X|^2 on them; None where no token reached it.
     """
 
     name: str
+    kind: Kind
     format: str
     method: str
     tokens: int | None
@@ -66,8 +67,11 @@ class Quantized:
 
     def tokens_per_expert(self) -> dict[str, int]:
         """Calibration tokens of each expert, by the name of its matrices without their last part."""
-        experts = {report.name.rpartition(".")[0]: report.tokens for report in self.reports if ".experts." in report.name}
-        return {name: tokens for name, tokens in experts.items() if tokens is not None}
+        return {
+            report.name.rpartition(".")[0]: report.tokens
+            for report in self.reports
+            if report.kind == "expert" and report.tokens is not None
+        }
 
     def to_dict(self) -> dict:
         return {"tokens_per_expert": self.tokens_per_expert(), "matrices": [asdict(report) for report in self.reports]}
@@ -140,7 +144,7 @@ class _Work:
             weight_OC = matrix.weight(self.model)
             weight_OC.copy_(weight_OC.to(SCALE_DTYPE))
             self.packed[matrix.name] = {"weight": weight_OC.to(SCALE_DTYPE).contiguous()}
-            self.reports.append(MatrixReport(matrix.name, "BF16", "none", tokens, None))
+            self.reports.append(MatrixReport(matrix.name, matrix.kind, "BF16", "none", tokens, None))
             return
         name, weight_OC = self.plan.formats[matrix.name], matrix.weight(self.model).float()
         scale_OG = scales_of(weight_OC, name)
@@ -169,7 +173,7 @@ class _Work:
         # From the packed tensors, not from rounded_OC: what runs now is what a reader of the checkpoint will run.
         weight_OC.copy_(unpack(packed, name, matrix.num_columns))
         self.packed[matrix.name] = packed
-        self.reports.append(MatrixReport(matrix.name, name, method, tokens, error))
+        self.reports.append(MatrixReport(matrix.name, matrix.kind, name, method, tokens, error))
 
 
 def _quantize_dense(work: _Work, walk: LayerWalk, layer, matrices: Sequence[Matrix]) -> None:

@@ -21,7 +21,9 @@ def test_the_routers_found_are_those_whose_logits_the_model_returns(family):
     layers = moe_layers(model)
     seen = {}
     for layer in layers:
-        layer.router.register_forward_hook(lambda _, __, output, name=layer.router_name: seen.update({name: output[0]}))
+        layer.router.register_forward_hook(
+            lambda _, __, output, name=layer.router_name: seen.update({name: output[0]})
+        )
     recorded = model.model(torch.arange(12)[None], output_router_logits=True).router_logits
     assert len(recorded) == len(layers)
     for layer, logits in zip(layers, recorded, strict=True):

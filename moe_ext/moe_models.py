@@ -1,0 +1,43 @@
+"""Find a mixture-of-experts model by name: the committed small one, a local folder, or a hub model.
+
+model, tokenizer = load_moe()                            # the small OLMoE-type model of this package, no network
+model, tokenizer = load_moe("allenai/OLMoE-1B-7B-0924")  # anything transformers can load that has experts
+"""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from foundation.base_model import resolve_model_name
+from moe_ext.routers import moe_layers
+
+SMALL_MOE = "small-moe"
+SMALL_MOE_FOLDER = Path(__file__).parent / "small_moe"
+
+
+def load_moe(
+    name: str | Path = SMALL_MOE, *, dtype: torch.dtype | str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a mixture and its tokenizer by name.
+
+    Args:
+        name: `small-moe`, a local folder, or a hub model as `owner/name`.
+        dtype: of the weights; None takes float32 without a GPU and what the checkpoint is stored in with one.
+
+    Returns:
+        The model, in eval mode on the CPU, and its tokenizer, with a padding token.
+
+    Raises:
+        FileNotFoundError: a folder that is not there.
+        ValueError: an unknown name, or a model without experts.
+    """
+    where = str(SMALL_MOE_FOLDER) if str(name) == SMALL_MOE else resolve_model_name(name)
+    if dtype is None:
+        dtype = "auto" if torch.cuda.is_available() else torch.float32
+    tokenizer = AutoTokenizer.from_pretrained(where)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype)
+    moe_layers(model)  # refuses what is no mixture
+    return model.eval(), tokenizer
