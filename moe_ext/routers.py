@@ -4,9 +4,9 @@
         layer.router.weight          # [E, H]
         layer.experts.gate_up_proj   # [E, 2I, H]
 
-transformers notes in each model class which modules its router logits are read from (`_can_record_outputs`), and keeps
-the experts of a layer as 3-D parameters of one module beside the router. A name would mislead: 'gate' is in the name of
-every SwiGLU matrix too.
+transformers notes in each model class which modules its router logits are read from (`_can_record_outputs`), and
+keeps the experts of a layer as 3-D parameters of one module beside the router. A name would mislead: 'gate' is in the
+name of every SwiGLU matrix too.
 
 Shape letters: E experts, H hidden size, I inner size of an expert.
 """

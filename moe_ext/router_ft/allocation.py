@@ -5,9 +5,10 @@ Each matrix i gets one format f so that
     sum_i  n_i * s_i * e_if      is smallest, with      sum_i n_i * b_if  <=  budget * sum_i n_i
 
 n_i weights, s_i the matrix's sensitivity, e_if the part of its energy that rounding it to f loses
-(|W - round(W)|^2 / |W|^2), b_if bits a weight with scales. The problem is an integer program and is solved exactly, by
-HiGHS. After AlphaQ (Yang et al. 2026, arXiv:2606.04980) a heavier tail, that is a smaller alpha, means a better trained
-matrix that deserves more bits: s_i = mean(alpha) / alpha_i. Documents disagree on the direction, so it is an option.
+(|W - round(W)|^2 / |W|^2), b_if bits a weight with scales. The problem is an integer program and is solved exactly,
+by HiGHS. After AlphaQ (Yang et al. 2026, arXiv:2606.04980) a heavier tail, that is a smaller alpha, means a better
+trained matrix that deserves more bits: s_i = mean(alpha) / alpha_i. Documents disagree on the direction, so it is an
+option.
 """
 
 import logging
@@ -131,7 +132,7 @@ def solve(cost: np.ndarray, weight: np.ndarray, capacity: float) -> list[int]:
         The chosen column of each row.
     """
     from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import csr_array, kron, eye_array
+    from scipy.sparse import csr_array, eye_array, kron
 
     rows, columns = cost.shape
     one_a_row = kron(eye_array(rows), np.ones((1, columns)))

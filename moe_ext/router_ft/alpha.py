@@ -1,14 +1,14 @@
 """The heavy-tail exponent alpha of every matrix: how slowly its largest eigenvalues fall off.
 
-The eigenvalues of W W^T of a trained matrix have a tail like a power law, p(x) ~ x^-alpha; the smaller alpha, the heavier
-the tail and, by heavy-tailed self-regularisation theory, the better trained the matrix (Martin and Mahoney 2021, JMLR
-22(165)). Three estimates of alpha, all of the eigenvalues above 1e-5:
+The eigenvalues of W W^T of a trained matrix have a tail like a power law, p(x) ~ x^-alpha; the smaller alpha, the
+heavier the tail and, by heavy-tailed self-regularisation theory, the better trained the matrix (Martin and Mahoney
+2021, JMLR 22(165)). Three estimates of alpha, all of the eigenvalues above 1e-5:
 
 - `mid`: the tail begins at the middle eigenvalue, which counts: alpha = 1 + n / sum ln(x_i / x_min). The estimate of
   AlphaPruning (Lu et al. 2024, arXiv:2410.10912), there called `xmin_mid`.
 - `hill`: the same tail in Hill's form (1975), whose n values are those strictly beyond x_min.
-- `ks`: the x_min whose power law lies closest to the tail by the Kolmogorov-Smirnov distance (Clauset et al. 2009, SIAM
-  Review 51(4), sections 3.1 and 3.3).
+- `ks`: the x_min whose power law lies closest to the tail by the Kolmogorov-Smirnov distance (Clauset et al. 2009,
+  SIAM Review 51(4), sections 3.1 and 3.3).
 """
 
 import csv

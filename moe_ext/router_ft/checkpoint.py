@@ -7,12 +7,14 @@ quantisation scheme in `config.json` is what compressed-tensors reads; where exp
 
 import importlib.metadata
 import json
+import shutil
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
@@ -20,9 +22,11 @@ from transformers.core_model_loading import revert_weight_conversion
 from foundation.whole_files import whole_folder, write_json
 from moe_ext.router_ft.formats import SCALE_DTYPE, check_format, scheme_json
 from moe_ext.router_ft.plan import Plan
+from moe_ext.routers import router_parameters
 
 RECORD = "router_ft.json"
 PLAN = "plan"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 VERSIONED = ("torch", "transformers", "compressed-tensors", "safetensors")
 
 
@@ -48,26 +52,67 @@ def save_checkpoint(
         FileExistsError: the folder holds something.
     """
     with whole_folder(folder) as partial:
-        config = model.config.to_dict() | {"quantization_config": quantization_config(plan)}
         model.config.save_pretrained(partial)
-        write_json(partial / "config.json", json.loads((partial / "config.json").read_text()) | _only(config))
+        config = json.loads((partial / "config.json").read_text(encoding="utf-8"))
+        write_json(partial / "config.json", {**config, "quantization_config": quantization_config(plan)})
         if model.generation_config is not None:
             model.generation_config.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        save_torch_state_dict(checkpoint_tensors(model, packed), partial, is_main_process=True)
-        for file in partial.iterdir():
-            file.chmod(0o644)  # safetensors makes its files readable to their owner alone
-        write_record(partial, plan, record)
+        _write_tensors(partial, checkpoint_tensors(model, packed))
+        _write_record(partial, plan, record)
 
 
-def _only(config: dict[str, Any]) -> dict[str, Any]:
-    return {"quantization_config": config["quantization_config"]}
+def save_with_routers(
+    folder: str | Path, source: Path, model: PreTrainedModel, plan: Plan, record: dict[str, Any]
+) -> None:
+    """Write a checkpoint that is another one but for its routers and its record.
+
+    Args:
+        folder: that is not there yet, or empty.
+        source: folder of the other checkpoint; its packed tensors are copied bit by bit.
+        model: whose routers are taken.
+        plan, record: as in `save_checkpoint`.
+
+    Raises:
+        FileExistsError: the folder holds something.
+        ValueError: the source cannot be read.
+    """
+    tensors = read_tensors(source)
+    routers = {name: parameter.data for name, parameter in router_parameters(model).items()}
+    for name, tensor in revert_weight_conversion(model, routers).items():
+        assert tensors[name].shape == tensor.shape, f"{name} of {source} is no router of the model"
+        tensors[name] = _narrow(tensor).cpu().contiguous()
+    with whole_folder(folder) as partial:
+        for file in source.iterdir():
+            if file.suffix != ".safetensors" and file.name not in (INDEX, RECORD):
+                shutil.copyfile(file, partial / file.name)
+        _write_tensors(partial, tensors)
+        _write_record(partial, plan, record)
 
 
-def write_record(folder: Path, plan: Plan, record: dict[str, Any]) -> None:
-    """Write `router_ft.json`: the plan, the steps so far, and the versions at hand."""
-    versions = {name: importlib.metadata.version(name) for name in VERSIONED}
-    write_json(folder / RECORD, {"versions": versions, **record, PLAN: plan.to_dict()})
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint folder, still packed.
+
+    Raises:
+        ValueError: a file is missing, truncated, or no safetensors.
+    """
+    files = [folder / WEIGHTS]
+    if (folder / INDEX).is_file():
+        files = [
+            folder / name for name in sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        ]
+    tensors = {}
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"The checkpoint {folder} lacks {file.name}: it was not copied whole. Copy it again.")
+        try:
+            with safe_open(file, framework="pt") as opened:
+                tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, it is no dict
+        except SafetensorError as broken:
+            raise ValueError(
+                f"{file} cannot be read ({broken}): it is truncated or damaged. Copy or write it again."
+            ) from broken
+    return tensors
 
 
 def checkpoint_tensors(model: PreTrainedModel, packed: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -102,6 +147,17 @@ def quantization_config(plan: Plan) -> dict[str, Any]:
         "config_groups": groups,
         "ignore": [name for name, given in plan.formats.items() if check_format(given).preset is None],
     }
+
+
+def _write_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
+    save_torch_state_dict(tensors, folder)
+    for file in folder.glob("*.safetensors"):
+        file.chmod(0o644)  # safetensors makes its files readable to their owner alone
+
+
+def _write_record(folder: Path, plan: Plan, record: dict[str, Any]) -> None:
+    versions = {name: importlib.metadata.version(name) for name in VERSIONED}
+    write_json(folder / RECORD, {"versions": versions, **record, PLAN: plan.to_dict()})
 
 
 def _narrow(tensor: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from foundation.whole_files import whole_file
-from moe_ext.router_ft.objectives import Objective, ObjectiveName, make_objective
+from moe_ext.router_ft.objectives import ObjectiveName, make_objective
 from moe_ext.routers import router_parameters
 
 logger = logging.getLogger(__name__)

@@ -1,8 +1,8 @@
-"""GPTQ: round a matrix column by column, each column making up for the error of those before it.
+"""GPTQ: round a matrix column by column, the columns to come making up for the error of each.
 
-Frantar et al. 2022, arXiv:2210.17323, algorithm 1. With H = 2 X X^T / T of the inputs and U the upper Cholesky factor of
-H^-1, the error of column c, (w_c - q_c) / U_cc, is subtracted along row c of U from the columns that are still to come.
-Columns are taken in the order of falling diag(H) (act-order) while each keeps the scale of its own group, chosen
+Frantar et al. 2022, arXiv:2210.17323, algorithm 1. With H = 2 X X^T / T of the inputs and U the upper Cholesky factor
+of H^-1, the error of column c, (w_c - q_c) / U_cc, is subtracted along row c of U from the columns that are still to
+come. Columns are taken in the order of falling diag(H) (act-order) while each keeps the scale of its own group, chosen
 before anything was rounded (static groups). In float64 throughout: on any device the result does not hang on the order
 of sums, but for ties.
 

@@ -4,8 +4,6 @@
 
 Plain `from_pretrained` keeps one format for all experts of a layer, because in memory they are one parameter. A
 checkpoint of mixed formats it refuses, or reads wrongly without a word where two formats are packed alike.
-
-Shape letters: none; matrices are rows x columns.
 """
 
 import json
@@ -14,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -26,12 +23,10 @@ from transformers import (
 )
 
 from foundation.whole_files import whole_file
-from moe_ext.router_ft.checkpoint import PLAN, RECORD
+from moe_ext.router_ft.checkpoint import PLAN, RECORD, read_tensors
 from moe_ext.router_ft.formats import check_format, unpack
 from moe_ext.router_ft.matrices import find_matrices
 from moe_ext.router_ft.plan import Plan
-
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -66,31 +61,6 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None) -> Loaded:
     if not path.exists():
         raise FileNotFoundError(f"There is no checkpoint {path}. Check the path.")
     return load_pt(path, dtype=dtype) if path.is_file() else _load_folder(path, dtype)
-
-
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint folder, still packed.
-
-    Raises:
-        ValueError: a file is missing, truncated, or no safetensors.
-    """
-    files = [folder / WEIGHTS]
-    if (folder / INDEX).is_file():
-        files = [
-            folder / name for name in sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-        ]
-    tensors = {}
-    for file in files:
-        if not file.is_file():
-            raise ValueError(f"The checkpoint {folder} lacks {file.name}: it was not copied whole. Copy it again.")
-        try:
-            with safe_open(file, framework="pt") as opened:
-                tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, it is no dict
-        except SafetensorError as broken:
-            raise ValueError(
-                f"{file} cannot be read ({broken}): it is truncated or damaged. Copy or write it again."
-            ) from broken
-    return tensors
 
 
 def read_record(folder: Path) -> tuple[Plan, dict[str, Any]]:

@@ -1,11 +1,11 @@
 """Quantise the matrices of a mixture to the formats of a plan, layer by layer and expert by expert.
 
-In each layer the dense matrices come first, then the experts, each with a Hessian of the tokens that were routed to it.
-Inputs are those of the model as it is quantised so far: a layer sees the outputs of the quantised layers before it, and
-an expert's down_proj sees what its quantised gate_proj and up_proj make of their inputs.
+In each layer the dense matrices come first, then the experts, each with a Hessian of the tokens that were routed to
+it. Inputs are those of the model as it is quantised so far: a layer sees the outputs of the quantised layers before
+it, and an expert's down_proj sees what its quantised gate_proj and up_proj make of their inputs.
 
-An expert that sees fewer tokens than its matrix has columns is rounded to nearest instead: its Hessian is singular, and
-GPTQ then fits the few tokens at the cost of all others.
+An expert that sees fewer tokens than its matrix has columns is rounded to nearest instead: its Hessian is singular,
+and GPTQ then fits the few tokens at the cost of all others.
 
 Shape letters: N blocks, L tokens in a block, T tokens, K chosen experts a token, O, C rows and columns of a matrix.
 """

@@ -2,8 +2,8 @@
 
     recovery = ((Q - R) - (F - C)) / (Q - F)
 
-F is the loss in full precision, Q after quantisation, R after quantisation and router finetuning, and C that of the full
-precision after the same router finetuning. What C gains is more training, no repair, and is taken off.
+F is the loss in full precision, Q after quantisation, R after quantisation and router finetuning, and C that of the
+full precision after the same router finetuning. What C gains is more training, no repair, and is taken off.
 """
 
 from collections.abc import Mapping
