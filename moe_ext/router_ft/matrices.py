@@ -91,8 +91,8 @@ def _check_layout(model: PreTrainedModel, layer: MoeLayer) -> None:
     if not usual:
         raise ValueError(
             f"{layer.experts_name} of {type(model).__name__} ({type(experts).__name__}) holds "
-            f"{', '.join(sorted(own))} in a layout that is not supported. "
-            "Expected are gate_up_proj [E, 2I, H] and down_proj [E, H, I], without biases, as in OLMoE, Mixtral, Qwen2-MoE, Qwen3-MoE and DeepSeek V2/V3."
+            f"{', '.join(sorted(own))} in a layout that is not supported. Expected are gate_up_proj [E, 2I, H] and "
+            "down_proj [E, H, I], without biases, as in OLMoE, Mixtral, Qwen2-MoE, Qwen3-MoE and DeepSeek V2/V3."
         )
 
 
