@@ -2,9 +2,9 @@
 
     python tests/moe_ext/router_ft/plain_gptq.py     # writes golden_gptq.json anew
 
-It shares no line with moe_ext: NumPy in float64, one column after the other, and the inverse Hessian of the columns that
-are left is updated explicitly after each (Frantar et al. 2022, arXiv:2210.17323, equations 2 and 3) rather than read
-from a Cholesky factor. Number formats are spelt out as lists of their values.
+It shares no line with moe_ext: NumPy in float64, one column after the other, and the inverse Hessian of the columns
+that are left is updated explicitly after each (Frantar et al. 2022, arXiv:2210.17323, equations 2 and 3) rather than
+read from a Cholesky factor. Number formats are spelt out as lists of their values.
 """
 
 import json

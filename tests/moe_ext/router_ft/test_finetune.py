@@ -1,0 +1,131 @@
+"""Router finetuning: only routers change, the loss falls, and a broken run goes on as if it had not been."""
+
+import copy
+
+import pytest
+import torch
+
+from moe_ext.router_ft.finetune import FinetuneConfig, _Run, finetune_routers
+from moe_ext.routers import moe_layers, router_parameters
+
+
+def some_blocks(count=20, length=24):
+    start = torch.arange(count)[:, None] * 7
+    return (start + torch.arange(length) * 3) % 60 + 3  # a rule that can be learnt
+
+
+@pytest.fixture
+def damaged(model_of):
+    """A tiny model whose experts were changed, and the model as it was."""
+    teacher = model_of("olmoe")
+    student = copy.deepcopy(teacher)
+    with torch.no_grad():
+        for layer in moe_layers(student):
+            layer.experts.gate_up_proj.mul_(4)
+    return student, teacher
+
+
+@pytest.mark.parametrize("objective", ["ce", "kl", "align", "blocks"])
+def test_only_the_routers_change(objective, damaged):
+    student, teacher = damaged
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    finetune_routers(student, some_blocks(), FinetuneConfig(objective=objective, lr=1e-3), teacher=teacher)
+    changed = {name for name, tensor in student.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == set(router_parameters(student))
+
+
+def test_a_model_that_was_trainable_stays_so(damaged):
+    student, _ = damaged
+    student.lm_head.weight.requires_grad_(False)
+    finetune_routers(student, some_blocks(4), FinetuneConfig())
+    frozen = [name for name, parameter in student.named_parameters() if not parameter.requires_grad]
+    assert frozen == ["lm_head.weight"]
+    assert not student.training
+
+
+@pytest.mark.parametrize("objective", ["ce", "kl", "blocks"])
+def test_the_objective_falls_on_text_that_was_not_trained_on(objective, damaged):
+    student, teacher = damaged
+    config = FinetuneConfig(objective=objective, lr=3e-3, num_epochs=3)
+    report = finetune_routers(student, some_blocks(), config, teacher=teacher)
+    assert report.loss_after < report.loss_before
+    assert (report.steps, report.trained) == (3 * 18, 2 * 4 * 32)
+    assert report.change > 0
+
+
+def test_a_rate_that_raises_the_loss_is_warned_of_with_the_figures(damaged, caplog):
+    student, teacher = damaged
+    report = finetune_routers(student, some_blocks(), FinetuneConfig(objective="align", lr=5.0), teacher=teacher)
+    assert report.loss_after > report.loss_before
+    assert f"from {report.loss_before:.5f} to {report.loss_after:.5f}" in caplog.text
+    assert "lr is 5" in caplog.text
+
+
+def test_a_run_that_is_broken_off_and_continued_ends_like_one_in_one_piece(damaged, tmp_path, monkeypatch):
+    student, teacher = damaged
+    parts = copy.deepcopy(student)
+    config = FinetuneConfig(objective="kl", lr=1e-3, batch_size=2)
+    whole = finetune_routers(student, some_blocks(), config, teacher=teacher)
+    step = _Run._step
+
+    def stop_at_four(run, total):
+        if run.state["step"] == 4:
+            raise KeyboardInterrupt
+        return step(run, total)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(_Run, "_step", stop_at_four)
+        with pytest.raises(KeyboardInterrupt):
+            finetune_routers(parts, some_blocks(), config, teacher=teacher, checkpoint=tmp_path / "run.pt")
+    fresh = copy.deepcopy(teacher)
+    fresh.load_state_dict({**parts.state_dict(), **{n: p for n, p in teacher.state_dict().items() if ".gate." in n}})
+    continued = finetune_routers(fresh, some_blocks(), config, teacher=teacher, checkpoint=tmp_path / "run.pt")
+    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), fresh.parameters(), strict=True))
+    assert (continued.steps, continued.loss_before) == (whole.steps, whole.loss_before)
+    assert not (tmp_path / "run.pt").exists()
+
+
+def test_a_checkpoint_of_other_options_is_refused(damaged, tmp_path, monkeypatch):
+    student, _ = damaged
+
+    def stop(run, total):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_Run, "_step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        finetune_routers(student, some_blocks(), FinetuneConfig(lr=1e-3), checkpoint=tmp_path / "run.pt")
+    with pytest.raises(ValueError, match=r"another lr \(0.001 instead of 0.002\)"):
+        finetune_routers(student, some_blocks(), FinetuneConfig(lr=2e-3), checkpoint=tmp_path / "run.pt")
+
+
+def test_gradient_checkpointing_changes_nothing(damaged):
+    student, teacher = damaged
+    other = copy.deepcopy(student)
+    options = {"objective": "kl", "lr": 1e-3}
+    finetune_routers(student, some_blocks(6), FinetuneConfig(**options), teacher=teacher)
+    finetune_routers(other, some_blocks(6), FinetuneConfig(**options, gradient_checkpointing=True), teacher=teacher)
+    for ours, theirs in zip(student.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_small_steps_are_not_lost_in_a_bfloat16_model(damaged):
+    student, _ = damaged
+    student.to(torch.bfloat16)
+    report = finetune_routers(student, some_blocks(), FinetuneConfig(lr=1e-5, weight_decay=0.0, num_epochs=2))
+    # 36 steps of at most 1e-5 each add up in float32; one alone is below bfloat16's resolution of these weights.
+    assert report.change > 0
+    assert next(iter(router_parameters(student).values())).dtype == torch.bfloat16
+
+
+def test_too_little_text_is_refused(damaged):
+    with pytest.raises(ValueError, match="There are 4 blocks of text, of which 1 are kept.*but 9 are needed"):
+        finetune_routers(damaged[0], some_blocks(4), FinetuneConfig(batch_size=8))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("lr", 0.0), ("batch_size", 0), ("num_epochs", 0), ("temperature", -1.0), ("weight_decay", -0.1)],
+)
+def test_options_out_of_range_are_refused(option, value):
+    with pytest.raises(ValueError, match=f"{option} is {value}"):
+        FinetuneConfig(**{option: value})
