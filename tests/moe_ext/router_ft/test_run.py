@@ -1,0 +1,57 @@
+"""The command that does all steps: its table, its controls, and that it goes on where it was broken off."""
+
+import json
+
+import pytest
+
+pytest.importorskip("compressed_tensors", reason="needs the extra 'quant'")
+pytest.importorskip("scipy", reason="needs the extra 'quant'")
+
+from moe_ext.router_ft import run as run_module
+from moe_ext.router_ft.run import RunOptions, parse_plan, run
+
+
+@pytest.fixture
+def options(tiny_folder, tiny_sources, tmp_path):
+    return RunOptions(
+        model=tiny_folder,
+        dataset=tiny_sources,
+        output=str(tmp_path / "run"),
+        plans="INT2,lower_alpha@3",
+        allocations="random@3#1,none@3",
+        nsamples=8,
+        seqlen=16,
+        max_blocks=4,
+        lr=1e-3,
+        objective="kl",
+    )
+
+
+def test_the_table_has_a_line_for_every_plan_and_a_control(options, tmp_path, monkeypatch):
+    told = run(options)
+    table = (tmp_path / "run" / "table.md").read_text()
+    assert table in told
+    lines = table.splitlines()
+    assert lines[0].startswith("Full precision: ")
+    assert "The control" in lines[0]
+    cells = {line.split(" | ")[0].strip("| "): line for line in lines if line.startswith("| ")}
+    assert set(cells) == {"plan", "---", "INT2", "lower_alpha@3", "random@3#1", "none@3"}
+    assert "| 2.500 |" in cells["INT2"]
+    # All is kept: a second run measures nothing.
+    monkeypatch.setattr(run_module, "losses_by_source", lambda *_: pytest.fail("measured again"))
+    assert run(options) == told
+
+
+def test_results_of_other_options_are_not_taken_for_ones_own(options, tmp_path):
+    file = tmp_path / "run" / "results" / "full.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps({"run": {"seed": 1}, "losses": {}}))
+    with pytest.raises(ValueError, match="of a run with other options or another model"):
+        run(options)
+
+
+def test_a_plan_is_a_format_or_a_sensitivity_with_its_bits():
+    assert parse_plan("INT3") == ("INT3", None, 0)
+    assert parse_plan("random@3.125#2") == ("random", 3.125, 2)
+    with pytest.raises(ValueError, match="'INT3@' is no plan"):
+        parse_plan("INT3@")
