@@ -1,4 +1,4 @@
-"""Checkpoints: bit-equal when they come back, for every family and mix of formats, and refused when they are broken."""
+"""Checkpoints: bit-equal when they come back, for every family and mix of formats; broken ones are refused."""
 
 import json
 
