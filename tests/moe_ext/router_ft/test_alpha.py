@@ -61,7 +61,8 @@ def test_a_heavier_tail_has_a_smaller_exponent_and_a_scale_changes_nothing():
         assert estimate(7 * heavy)[0] == pytest.approx(estimate(heavy)[0])
 
 
-def test_weightwatcher_finds_about_the_same(tmp_path):
+@pytest.mark.slow
+def test_weightwatcher_finds_about_the_same():
     weightwatcher = pytest.importorskip("weightwatcher", reason="weightwatcher is not installed")
     torch.manual_seed(0)
     left, right = (torch.linalg.qr(torch.randn(200, 200))[0] for _ in range(2))
