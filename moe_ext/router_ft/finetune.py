@@ -110,7 +110,6 @@ def finetune_routers(
         parameter.requires_grad_(True)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.eval()
     run = _Run(model, routers, objective, config, text_NL, probe_NL, seed, Path(checkpoint) if checkpoint else None)
     try:
         report = run.to_the_end(original)
@@ -185,6 +184,8 @@ class _Run:
     def _step(self, total: int) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * (1 - self.state["step"] / total)
+        # transformers recomputes layers in training mode alone; otherwise no dropout or jitter is wanted.
+        self.model.train(self.config.gradient_checkpointing)
         loss = self.objective(self._batch(self.state["step"]))
         loss.backward()
         for name, parameter in self.routers.items():
@@ -203,6 +204,7 @@ class _Run:
 
     @torch.no_grad()
     def _measure(self) -> float:
+        self.model.eval()
         return sum(float(self.objective(self._on_device(row_L[None]))) for row_L in self.probe_NL) / len(self.probe_NL)
 
     @torch.no_grad()

@@ -97,9 +97,10 @@ def run(options: RunOptions) -> str:
         options.sources, options.split, tokenizer, block_size=length, max_blocks=options.max_blocks
     )
     study = Study(options, model.to(options.device), blocks_NL, held_out)
+    full, control = study.full, study.control
     rows = [study.row(spec) for spec in options.names(options.plans)]
     allocations = [study.allocation_row(spec) for spec in options.names(options.allocations)]
-    text = as_table(study.full, study.control, rows, allocations)
+    text = as_table(full, control, rows, allocations)
     write_text(Path(options.output) / TABLE, text)
     return f"{text}\nwritten to {Path(options.output) / TABLE}"
 

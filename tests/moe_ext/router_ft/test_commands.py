@@ -128,7 +128,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(say, planned, step, option
     lines = (planned / "short.csv").read_text().splitlines()
     (planned / "short.csv").write_text("\n".join(lines[:-12]) + "\n")
     text = (planned / "plan.json").read_text()
-    (planned / "unknown.json").write_text(text.replace("INT4", "INT5", 1))
+    (planned / "unknown.json").write_text(text.replace('"INT3",\n', '"INT5",\n'))
     (planned / "other.json").write_text(text.replace("layers.0.mlp.experts.0.up", "layers.9.mlp.experts.0.up"))
     (planned / "taken").mkdir()
     (planned / "taken" / "config.json").write_text("{}")

@@ -105,15 +105,10 @@ def test_an_expert_that_sees_too_few_tokens_is_rounded_and_reported(model_of, ca
 def test_an_expert_that_no_token_reaches_is_not_zeroed(model_of):
     model = model_of("olmoe")
     router = moe_layers(model)[0].router
-    with torch.no_grad():
-        router.weight[0] = 0  # the others: one of each pair of opposite rows is always above 0
-        router.weight[2] = -router.weight[1]
-        router.weight[3] = router.weight[1] * 2
-        router.weight[0] = router.weight[1] * 0.5
+    router.register_forward_hook(lambda _, __, said: (*said[:2], torch.tensor([1, 2]).expand_as(said[2])))
     found = quantize_model(model, uniform_plan(find_matrices(model), "INT2"), some_blocks(2))
-    fewest = min(found.tokens_per_expert().values())
+    assert list(found.tokens_per_expert().values())[:4] == [0, 128, 128, 0]
     assert all(matrix.weight(model).abs().sum() > 0 for matrix in find_matrices(model))
-    assert fewest < 32
 
 
 def test_the_tokens_of_all_experts_are_the_choices_of_the_router(model_of):
