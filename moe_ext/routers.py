@@ -43,6 +43,11 @@ class MoeLayer:
     def num_experts(self) -> int:
         return self.router.weight.shape[0]
 
+    @property
+    def decoder_name(self) -> str:
+        """The list of decoder layers that this one lies in."""
+        return self.block_name.rsplit(f".{self.index}.", 1)[0]
+
 
 def moe_layers(model: nn.Module) -> list[MoeLayer]:
     """Every mixture-of-experts layer, first to last.

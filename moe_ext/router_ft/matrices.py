@@ -132,7 +132,7 @@ def _expert_matrices(model: PreTrainedModel, layer: MoeLayer) -> list[Matrix]:
 
 
 def _dense_matrices(model: PreTrainedModel, layers: list[MoeLayer]) -> list[Matrix]:
-    decoder = layers[0].block_name.rsplit(f".{layers[0].index}.", 1)[0]
+    decoder = layers[0].decoder_name
     routers = {layer.router_name for layer in layers}
     matrices = []
     for name, module in model.get_submodule(decoder).named_modules(prefix=decoder):

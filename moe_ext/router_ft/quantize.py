@@ -111,8 +111,9 @@ def quantize_model(
         for matrix in matrices:
             work.round(matrix, tokens=None)
         return Quantized(work.packed, work.reports)
-    moe_of_layer = {layer.index: layer for layer in moe_layers(model)}
-    decoder = model.get_submodule(_decoder_name(next(iter(moe_of_layer.values()))))
+    mixtures = moe_layers(model)
+    moe_of_layer = {layer.index: layer for layer in mixtures}
+    decoder = model.get_submodule(mixtures[0].decoder_name)
     walk = LayerWalk(model, decoder, blocks_NL, batch_size=batch_size)
     by_layer = defaultdict(list)
     for matrix in matrices:
@@ -233,7 +234,3 @@ def _warn_of_short_experts(reports: Sequence[MatrixReport]) -> None:
 
 def _quadratic(weight_OC: Tensor, hessian_CC: Tensor) -> float:
     return float(((weight_OC @ hessian_CC) * weight_OC).sum())
-
-
-def _decoder_name(layer: MoeLayer) -> str:
-    return layer.block_name.rsplit(f".{layer.index}.", 1)[0]

@@ -117,7 +117,8 @@ def test_small_steps_are_not_lost_in_a_bfloat16_model(damaged):
             weight.fill_(0.02)
     # One step of 1e-5 is lost at 0.02, where bfloat16 has steps of 1.2e-4; in float32 the 36 add up to 1.8e-4.
     finetune_routers(student, some_blocks(), FinetuneConfig(lr=1e-5, weight_decay=0.0, num_epochs=2))
-    assert all(weight.dtype == torch.bfloat16 and (weight != 0.02).any() for weight in routers.values())
+    start = torch.tensor(0.02, dtype=torch.bfloat16)
+    assert all(weight.dtype == torch.bfloat16 and (weight != start).any() for weight in routers.values())
 
 
 def test_too_little_text_is_refused(damaged):
