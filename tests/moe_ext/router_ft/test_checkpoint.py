@@ -56,6 +56,16 @@ def test_plain_from_pretrained_reads_the_same_where_a_plan_is_uniform(name, fami
     assert all(torch.equal(plain[key], tensor) for key, tensor in model.state_dict().items())
 
 
+def test_plain_from_pretrained_misreads_mxfp8_and_load_does_not(model_of, tokenizer, tmp_path):
+    # transformers 5.23 multiplies by the stored exponents. When this fails, docs/router_ft.md may say otherwise.
+    model = model_of("olmoe")
+    write(tmp_path / "out", model, uniform_plan(find_matrices(model), "MXFP8"), tokenizer)
+    expected = model.model.layers[0].mlp.experts.down_proj
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert not torch.equal(plain.model.layers[0].mlp.experts.down_proj, expected)
+    assert torch.equal(load(tmp_path / "out").model.model.layers[0].mlp.experts.down_proj, expected)
+
+
 def test_plain_from_pretrained_is_no_judge_of_mixed_formats(written):
     folder, _ = written
     with pytest.raises(AttributeError):
