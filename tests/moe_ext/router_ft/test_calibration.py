@@ -18,7 +18,7 @@ def test_blocks_are_chosen_by_seed_from_all_sources(tiny_sources, tokenizer):
     assert torch.equal(blocks, text_blocks(sources, "train", tokenizer, **options, seed=1))
     assert not torch.equal(blocks, text_blocks(sources, "train", tokenizer, **options, seed=2))
     alone = rows(text_blocks(sources[:1], "train", tokenizer, num_blocks=6, block_size=16, seed=1))
-    assert len(rows(blocks) & alone) == 6
+    assert alone <= rows(blocks)  # equal blocks of the made-up text are one row here
 
 
 def test_too_little_text_is_refused_with_both_counts(tiny_sources, tokenizer):
