@@ -41,7 +41,7 @@ def search(config: ContinualConfig) -> dict[tuple[str, str], dict[float, Nll]]:
     """Measure all settings.
 
     Args:
-        config: the settings that are not searched; `eval_split` and `baselines` are set here.
+        config: the settings that are not searched.
 
     Returns:
         For each system and option, what each of its values came to.
@@ -50,7 +50,9 @@ def search(config: ContinualConfig) -> dict[tuple[str, str], dict[float, Nll]]:
         ValueError: unknown or too little data, or an output folder with a search of other settings.
     """
     output = Path(config.output_dir)
-    config = replace(config, eval_split="validation", baselines=False)
+    config = replace(config, eval_split="validation", baselines=False, router_weight_decay=FIRST_DECAY)
+    # of no effect on the mixture, but named here so that a search does not depend on what an earlier one has chosen
+    config = replace(config, sequential_learning_rate=FIRST_RATE, joint_learning_rate=FIRST_RATE)
 
     def mixture(rate: float) -> dict:
         return run(replace(config, learning_rate=rate, output_dir=str(output / f"mixture-{rate:g}")))
