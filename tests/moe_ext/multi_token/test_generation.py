@@ -174,7 +174,8 @@ def test_sampling_draws_from_the_backbone_whatever_is_drafted(num_rows, wrong):
         torch.manual_seed(seed)
         tokens = model.backbone.generate(**given, custom_generate=loop, **settings)
         assert torch.equal(tokens, expected)
-        assert wrong == 1.0 or loop.report.passes < loop.report.tokens
+        # two tokens take two passes, the prompt's and one more, whatever is drafted
+        assert wrong == 1.0 or loop.report.tokens == 2 or loop.report.passes < loop.report.tokens
         texts.append(tuple(tokens.flatten().tolist()))
     assert len(set(texts)) == 4
 

@@ -217,8 +217,7 @@ def _add_linear(layer, x, result, routing, names, columns, kept) -> torch.Tensor
     rates = set(_dropout_rates(layer, names))
     own = isinstance(routing, OwnGate)
     # A gate keeps its float32: scores rounded to bfloat16 send tokens to other experts.
-    first_dtype = layer.lora_A[names[0]].weight.dtype
-    alike = own and rates == {0.0} and _product_dtype(layer, x, first_dtype) == routing.weight.dtype
+    alike = own and rates == {0.0} and _product_dtype(layer, x, _dtype_of(layer, names[0])) == routing.weight.dtype
     stack = expert_stack(layer, names, routing.weight if alike else None)
     dtype = _product_dtype(layer, x, stack.dtype)
     sparse = len(rates) == 1 and sparse_pays(num_tokens, stack.ranks, kept, dtype, x.device.type)
@@ -252,6 +251,10 @@ def _product_dtype(layer, x: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
     if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return dtype if layer.cast_input_dtype_enabled else x.dtype
+
+
+def _dtype_of(layer, name: str) -> torch.dtype:
+    return layer.lora_A[name].weight.dtype
 
 
 def _hidden_ranks(x: torch.Tensor, rows: list[torch.Tensor], *, dtype: torch.dtype) -> torch.Tensor:
