@@ -166,6 +166,7 @@ def test_sampling_draws_from_the_backbone_whatever_is_drafted(num_rows, wrong):
     with torch.no_grad():
         model.backbone.get_output_embeddings().weight.mul_(0.3)
     settings = {"do_sample": True, "temperature": 1.3, "top_p": 0.95, "max_new_tokens": NEW}
+    model.backbone.generation_config.eos_token_id = None
     texts = []
     for seed in range(4):
         torch.manual_seed(seed)
@@ -174,8 +175,7 @@ def test_sampling_draws_from_the_backbone_whatever_is_drafted(num_rows, wrong):
         torch.manual_seed(seed)
         tokens = model.backbone.generate(**given, custom_generate=loop, **settings)
         assert torch.equal(tokens, expected)
-        # two tokens take two passes, the prompt's and one more, whatever is drafted
-        assert wrong == 1.0 or loop.report.tokens == 2 or loop.report.passes < loop.report.tokens
+        assert wrong == 1.0 or loop.report.tokens_per_pass > 1
         texts.append(tuple(tokens.flatten().tolist()))
     assert len(set(texts)) == 4
 
