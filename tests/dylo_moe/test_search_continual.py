@@ -51,6 +51,7 @@ def argv(tiny_base, tmp_path_factory):
 
 
 def test_it_prints_every_setting_and_the_best_and_a_second_call_trains_nothing(argv, capsys, monkeypatch):
+    monkeypatch.setattr("dylo_moe.continual.draw", lambda *args: None)  # a picture takes longer than its run
     assert search_continual.main(argv) == 0
     said = capsys.readouterr().out
     for option in ("learning_rate", "router_weight_decay", "sequential_learning_rate", "joint_learning_rate"):
