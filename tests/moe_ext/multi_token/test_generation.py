@@ -90,6 +90,8 @@ def test_no_token_beyond_the_limit_is_written_or_read(max_new_tokens):
     tokens, report = with_oracle(model, given, future, wrong=0.0, max_new_tokens=max_new_tokens)
     assert torch.equal(tokens, future[:, : 6 + max_new_tokens])
     assert report.tokens == max_new_tokens
+    # The prompt's pass and the last one give a token each that nobody has to draft.
+    assert sum(report.drafted) == max(0, max_new_tokens - 2)
 
 
 def test_positions_that_the_backbone_does_not_have_are_never_read():
