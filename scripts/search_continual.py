@@ -111,7 +111,11 @@ def as_text(measured: dict[tuple[str, str], dict[float, Nll]]) -> str:
         for value, nll in by_value.items():
             cells = [NAMES[system], option, f"{value:g}", *(f"{math.exp(nll[skill]):.2f}" for skill in skills)]
             lines.append(f"| {' | '.join(cells)} | {mean_perplexity(nll):.2f} |")
-    best = [f"--{option} {lowest(by_value, mean_perplexity):g}" for (_, option), by_value in measured.items() if option != IN_THE_END]
+    best = [
+        f"--{option} {lowest(by_value, mean_perplexity):g}"
+        for (_, option), by_value in measured.items()
+        if option != IN_THE_END
+    ]
     return "\n".join([*lines, "", f"best: {' '.join(best)}"]) + "\n"
 
 
