@@ -22,6 +22,8 @@ CONFIG_FLAG = "--config"
 class OptionParser(HfArgumentParser):
     """HfArgumentParser with `--config`, and with bare flags also for a `bool | None` (`--bf16` is `--bf16 true`).
 
+    Where a dataclass has an option `config` of its own, that is what the flag means.
+
     Args:
         classes: the dataclasses.
         kwargs: argparse's; of `description` and `epilog`, `--help` keeps the line breaks.
@@ -29,7 +31,9 @@ class OptionParser(HfArgumentParser):
 
     def __init__(self, classes: Sequence[type], **kwargs: Any) -> None:
         super().__init__(classes, allow_abbrev=False, formatter_class=_OneLineHelp, **kwargs)
-        self.add_argument(CONFIG_FLAG, metavar="FILE", help="YAML file of options; flags win over it.")
+        self.reads_file = CONFIG_FLAG not in self._option_string_actions
+        if self.reads_file:
+            self.add_argument(CONFIG_FLAG, metavar="FILE", help="YAML file of options; flags win over it.")
         for action in self._actions:
             if _is_switch(action) and action.nargs is None:
                 action.nargs, action.const = "?", True
@@ -51,12 +55,13 @@ class OptionParser(HfArgumentParser):
         if {"-h", "--help"} & set(argv):
             self.print_help()
             self.exit()
-        named, _ = _config_only().parse_known_args(argv)
+        file = _config_only().parse_known_args(argv)[0].config if self.reads_file else None
         # As flags before the user's own: each value is read by the same rules, and the later one wins.
-        before = [] if named.config is None else self._as_flags(Path(named.config))
-        *instances, _, unknown = self.parse_args_into_dataclasses(
+        before = [] if file is None else self._as_flags(Path(file))
+        *found, unknown = self.parse_args_into_dataclasses(
             [*before, *argv], return_remaining_strings=True, look_for_args_file=False
         )
+        instances = found[: len(self.dataclass_types)]  # behind them is the namespace of what no dataclass has
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]
             close = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=1)

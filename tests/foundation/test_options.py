@@ -140,3 +140,13 @@ def test_help_is_a_line_an_option_with_its_default_and_the_examples_as_they_stan
 
 def test_help_is_given_also_where_an_option_lacks_its_value(capsys):
     assert help_of(capsys, "--names") == help_of(capsys)
+
+
+@dataclass
+class WithConfig:
+    config: str = field(default="plan.json", metadata={"help": "A plan."})
+
+
+def test_an_option_named_config_is_the_commands_own():
+    (options,) = OptionParser((WithConfig,)).parse(["--config", "other.json"])
+    assert options.config == "other.json"
