@@ -257,7 +257,7 @@ def run_tests(name: str, tree: Path, tests: list[str], workers: int, **variables
     (tree / "selection.txt").write_text("\n".join(tests), encoding="utf-8")
     command = [sys.executable, "-m", "pytest", "-p", "upstream_tests", "-p", "no:cacheprovider", "-q", "--no-header"]
     command += ["--tb=no", "-rN", "--disable-warnings", "--rootdir", ".", "--numprocesses", str(workers)]
-    command += ["--override-ini", "addopts="]  # Upstream's measure coverage.
+    command += ["--override-ini", "addopts=", "--override-ini", "filterwarnings="]
     # Called from a test that pytest-xdist runs, this run must not take itself for that worker.
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     environment = inherited | {

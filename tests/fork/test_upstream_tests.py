@@ -9,7 +9,7 @@ import fork_tree
 import pytest
 import upstream_tests
 from fake_upstream import FILES, FORK_FOLDER, write_sdist
-from upstream_tests import WANTS_THE_HUB, Side, differences, describe
+from upstream_tests import WANTS_THE_HUB, Side, describe, differences
 
 
 def side(**outcomes) -> Side:
