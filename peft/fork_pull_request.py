@@ -188,19 +188,18 @@ def _merge(clone: Path, commit: str, name: str) -> None:
 
 
 def _add_to_contents(contents: Path, pages: list[Page]) -> None:
-    """Add each page to the table of contents, below the page it is to follow and as deep as that one."""
+    """Add each page to the table of contents, below the page it is to follow, wherever that one stands."""
     if not contents.is_file():
         raise ForkError(f"The checkout has no {TABLE_OF_CONTENTS}, so the new pages cannot be listed. Add it first.")
     text = contents.read_text(encoding="utf-8")
     for page in pages:
-        entry = re.search(rf"(?m)^( *)- local: {re.escape(page.after)}\n(?:\1 .*\n)*", text)
-        if entry is None:
+        entry = rf"(?m)^( *)- local: {re.escape(page.after)}\n(?:\1 .*\n)*"
+        text, found = re.subn(entry, rf"\g<0>\1- local: {page.page}\n\1  title: {page.title}\n", text)
+        if not found:
             raise ForkError(
                 f"{TABLE_OF_CONTENTS} of the checkout does not list {page.after}, below which {page.page} is to stand. "
                 "Name another page in series.toml."
             )
-        added = f"{entry[1]}- local: {page.page}\n{entry[1]}  title: {page.title}\n"
-        text = text[: entry.end()] + added + text[entry.end() :]
     contents.write_text(text, encoding="utf-8")
 
 
