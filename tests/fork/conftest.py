@@ -6,36 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from fake_upstream import FORK_FOLDER, FakeFork, write_sdist
+from fake_upstream import CONTENTS, FORK_FOLDER, SERIES, FakeFork, write_sdist
 
 sys.path.insert(0, str(FORK_FOLDER))
-
-
-SERIES = """
-[[commit]]
-patch = "seam"
-files = ["src/peft/tuners/lora/moe_layer.py"]
-
-[[commit]]
-patch = "registry"
-
-[last]
-subject = "Document it"
-why = "For its readers."
-pages = [{page = "package_reference/moe", title = "MoE", after = "package_reference/lora"}]
-"""
-CONTENTS = """\
-- title: Methods
-  sections:
-    - sections:
-      - local: package_reference/lora
-        title: LoRA
-      title: Adapters
-- title: API
-  sections:
-  - local: package_reference/lora
-    title: LoRA
-"""
 
 
 @pytest.fixture
