@@ -98,7 +98,7 @@ def _verify(fork: Fork, options: argparse.Namespace) -> int:
         for fault in verdict.wrong:
             print(f"    {fault}", flush=True)
 
-    verdicts = verify(fork, options.checkout, tests=not options.no_tests, workers=options.workers, told=told)
+    verdicts = verify(fork, options.checkout, tests=options.tests, workers=options.workers, told=told)
     return 1 if any(verdict.wrong for verdict in verdicts) else 0
 
 
@@ -136,7 +136,9 @@ def _parser() -> argparse.ArgumentParser:
         "verify", _verify, "Prove that each commit of the branch that pr wrote stands alone: style, imports, tests."
     )
     proving.add_argument("checkout", type=Path, metavar="CHECKOUT", help="top folder of the checkout, on that branch")
-    proving.add_argument("--no-tests", action="store_true", help="check style and imports only; takes seconds")
+    proving.add_argument(
+        "--tests", choices=("none", "own", "all"), default="all", help="tests to run: none, ours, or also upstream's"
+    )
     proving.add_argument("--workers", type=int, default=2, help="processes that run tests (default: %(default)s)")
     return parser
 

@@ -37,11 +37,11 @@ class Verdict:
     wrong: list[str]
 
 
-def verify(fork: Fork, checkout: Path, *, tests: bool, workers: int, told: Callable[[Verdict], None]) -> list[Verdict]:
+def verify(fork: Fork, checkout: Path, *, tests: str, workers: int, told: Callable[[Verdict], None]) -> list[Verdict]:
     """Check each commit of the series that HEAD of `checkout` ends with, in a copy of the checkout.
 
     Args:
-        tests: also run tests, which takes minutes; otherwise style and imports alone are checked.
+        tests: which tests to run: "none" (style and imports alone are checked), "own", or "all", with upstream's.
         workers: processes that run tests.
         told: called with each verdict as soon as it is known.
 
@@ -65,8 +65,9 @@ def verify(fork: Fork, checkout: Path, *, tests: bool, workers: int, told: Calla
             changed = run_git("diff", "--name-only", f"{commit}~", commit, cwd=copy).stdout.split()
             wrong = _style(copy, changed) + _imports(copy, changed)
             counts = f"{sum(path.endswith('.py') for path in changed)} Python files"
-            if tests and not wrong:
-                passed, failed = _tests(copy, base, plan[: number + 1], before, workers)
+            if tests != "none" and not wrong:
+                theirs = plan[number].tests if tests == "all" else []
+                passed, failed = _tests(copy, base, plan[: number + 1], theirs, before, workers)
                 counts, wrong = f"{counts}, {passed} tests passed", failed
             verdicts.append(Verdict(subject=subject, counts=counts, wrong=wrong))
             told(verdicts[-1])
@@ -121,20 +122,21 @@ def _imports(copy: Path, changed: list[str]) -> list[str]:
 
 
 def _tests(
-    copy: Path, base: Path, steps: list[CommitPlan], before: dict[str, Side], workers: int
+    copy: Path, base: Path, steps: list[CommitPlan], theirs: list[str], before: dict[str, Side], workers: int
 ) -> tuple[int, list[str]]:
     """Run the tests that belong to the last of these commits.
 
     Args:
         copy: the checkout at that commit.
         base: the checkout before the series; `before` keeps what upstream's test files gave there.
+        theirs: names of upstream's test files.
 
     Returns:
         how many passed, and what did not.
     """
     name = steps[-1].subject
     own = [place for step in steps for place in places(step.files) if Path(place).name.startswith("test_")]
-    theirs = [f"tests/{test}.py" for test in steps[-1].tests]
+    theirs = [f"tests/{test}.py" for test in theirs]
     if fresh := [path for path in theirs if path not in before]:
         outcome = run_tests("before the series", base, fresh, workers)
         for path in fresh:

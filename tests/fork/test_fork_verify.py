@@ -45,7 +45,7 @@ def verify(fork, checkout, *options):
 
 
 def test_a_series_that_stands_is_said_to(queue, series):
-    assert verify(queue, series(), "--no-tests") == (
+    assert verify(queue, series(), "--tests", "none") == (
         0,
         ["stands  Add a seam: 2 Python files", "stands  Register: 1 Python files"],
     )
@@ -53,7 +53,7 @@ def test_a_series_that_stands_is_said_to(queue, series):
 
 def test_bad_style_is_told_with_its_file_at_the_commit_that_brings_it(queue, series):
     queue.source("tuners/lora/moe_layer.py").write_text("import os\nROUTED  =  True\n")
-    code, lines = verify(queue, series(), "--no-tests")
+    code, lines = verify(queue, series(), "--tests", "none")
     assert code == 1 and lines[0].startswith("FAILS  Add a seam") and lines[-1].startswith("stands  Register")
     assert any("ruff check: src/peft/tuners/lora/moe_layer.py:1:8" in line for line in lines)
     assert any("ruff format" in line and "moe_layer.py" in line for line in lines)
@@ -61,18 +61,18 @@ def test_bad_style_is_told_with_its_file_at_the_commit_that_brings_it(queue, ser
 
 def test_the_checkouts_own_settings_of_ruff_hold(queue, series, checkout):
     queue.source("tuners/lora/moe_layer.py").write_text(f'ROUTED = "{"x" * 60}", "{"y" * 60}"\n')
-    assert verify(queue, series(), "--no-tests")[0] == 1  # the made-up checkout allows 100 characters
+    assert verify(queue, series(), "--tests", "none")[0] == 1  # the made-up checkout allows 100 characters
     (checkout / "pyproject.toml").write_text("[tool.ruff]\nline-length = 150\n")
     FakeFork.git(checkout, "switch", "--quiet", "main")
     FakeFork.git(checkout, "commit", "--quiet", "--all", "--message", "Longer lines")
-    assert verify(queue, series(), "--no-tests")[0] == 0
+    assert verify(queue, series(), "--tests", "none")[0] == 0
 
 
 def test_a_commit_whose_modules_need_a_later_one_does_not_stand(queue, series):
     queue.source("tuners/lora/moe_layer.py").write_text("from . import moe_router\n\nROUTER = moe_router\n")
     queue.source("tuners/lora/moe_router.py").write_text("")
     bring(queue, "registry", "src/*moe_router.py")
-    code, lines = verify(queue, series(), "--no-tests")
+    code, lines = verify(queue, series(), "--tests", "none")
     assert code == 1
     assert lines[0].startswith("FAILS  Add a seam")
     assert "import: ImportError: cannot import name 'moe_router'" in lines[1]

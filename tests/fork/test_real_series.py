@@ -84,7 +84,7 @@ def test_a_commit_imports_no_module_of_a_later_one(branch):
 
 @pytest.mark.slow
 def test_every_commit_passes_upstreams_settings_of_ruff_and_can_be_imported(branch, capsys):
-    assert fork.main(["verify", str(branch), "--no-tests"]) == 0, capsys.readouterr().out
+    assert fork.main(["verify", str(branch), "--tests", "none"]) == 0, capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -97,7 +97,7 @@ def test_with_the_ruff_that_upstream_pins(branch, sdist, capsys):
     FakeFork.git(branch, "commit", "--quiet", "--all", "--message", "The version of ruff")
     FakeFork.git(branch, "branch", "--quiet", "-D", "moe-lora")
     assert fork.main(["pr", str(branch)]) == 0
-    assert fork.main(["verify", str(branch), "--no-tests"]) == 0, capsys.readouterr().out
+    assert fork.main(["verify", str(branch), "--tests", "none"]) == 0, capsys.readouterr().out
 
 
 def test_every_file_of_ours_comes_with_one_commit_of_the_plan(sdist):
