@@ -5,6 +5,7 @@
     python peft/fork.py refresh           take hand edits under peft/src into the queue
     python peft/fork.py rebase 0.22.0     move the queue to another release
     python peft/fork.py pr ~/src/peft     write the series onto a branch of a checkout of upstream
+    python peft/fork.py verify ~/src/peft prove that each commit of that branch stands alone
 
 It is also the PEP 517 build backend that `pip install ./peft` runs: each hook builds first and then leaves the rest
 to setuptools.
@@ -20,7 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fork_check import check
-from fork_moves import NewPatch, drop, rebase, refresh, removed_lines, take_commits, write_pull_request
+from fork_moves import NewPatch, drop, rebase, refresh, removed_lines, take_commits
+from fork_pull_request import write_pull_request
 from fork_release import ForkError
 from fork_tree import Fork, build, is_leftover, own_files, read_manifest, stray_files
 
@@ -88,6 +90,18 @@ def _pr(fork: Fork, options: argparse.Namespace) -> int:
     return 0
 
 
+def _verify(fork: Fork, options: argparse.Namespace) -> int:
+    from fork_verify import Verdict, verify  # not for the build hooks, which have no use for it
+
+    def told(verdict: Verdict) -> None:
+        print(f"{'FAILS' if verdict.wrong else 'stands'}  {verdict.subject}: {verdict.counts}", flush=True)
+        for fault in verdict.wrong:
+            print(f"    {fault}", flush=True)
+
+    verdicts = verify(fork, options.checkout, tests=options.tests, workers=options.workers, told=told)
+    return 1 if any(verdict.wrong for verdict in verdicts) else 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fork.py", description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -118,6 +132,14 @@ def _parser() -> argparse.ArgumentParser:
     sending = command("pr", _pr, "Write the series as commits onto a new branch of a clean checkout of upstream.")
     sending.add_argument("checkout", type=Path, metavar="CHECKOUT", help="top folder of the checkout")
     sending.add_argument("--branch", default="moe-lora", help="the branch to make (default: %(default)s)")
+    proving = command(
+        "verify", _verify, "Prove that each commit of the branch that pr wrote stands alone: style, imports, tests."
+    )
+    proving.add_argument("checkout", type=Path, metavar="CHECKOUT", help="top folder of the checkout, on that branch")
+    proving.add_argument(
+        "--tests", choices=("none", "own", "all"), default="all", help="tests to run: none, ours, or also upstream's"
+    )
+    proving.add_argument("--workers", type=int, default=2, help="processes that run tests (default: %(default)s)")
     return parser
 
 

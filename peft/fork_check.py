@@ -6,6 +6,7 @@ import tomllib
 
 from fork_moves import removed_lines
 from fork_patches import apply_queue, blob_id, faults, run_git
+from fork_pull_request import read_plan
 from fork_release import ForkError, Release, load_release
 from fork_tree import Fork, is_leftover, own_files, read_manifest, stray_files
 
@@ -33,9 +34,8 @@ def check(fork: Fork) -> tuple[list[str], list[str]]:
         wrong.append("two patches have the same number")
     if len({patch.subject for patch in patches}) < len(patches):
         wrong.append("two patches have the same subject")
-    return report, wrong + _drift(fork, built) + _readme(fork, removed) + _packaging(fork, release) + _tracked(
-        fork, release
-    )
+    wrong += _drift(fork, built) + _readme(fork, removed) + _packaging(fork, release) + _series(fork, release)
+    return report, wrong + _tracked(fork, release)
 
 
 def _drift(fork: Fork, built: dict[str, bytes]) -> list[str]:
@@ -70,6 +70,15 @@ def _packaging(fork: Fork, release: Release) -> list[str]:
     theirs = set(release.metadata.get_all("Provides-Extra", []))
     ours = set(project["tool"]["setuptools"]["dynamic"].get("optional-dependencies", {}))
     return [] if ours == theirs else [f"pyproject.toml has extras {sorted(ours)}, but upstream has {sorted(theirs)}"]
+
+
+def _series(fork: Fork, release: Release) -> list[str]:
+    """series.toml gives each file of ours to one commit of the pull request."""
+    try:
+        read_plan(fork, release.files)
+    except ForkError as refused:
+        return [str(refused)]
+    return []
 
 
 def _tracked(fork: Fork, release: Release) -> list[str]:

@@ -1,20 +1,15 @@
-"""What changes the queue or hands it on: refresh, taking commits, rebase, and the pull-request series."""
+"""What changes the queue: refresh, taking commits, dropping a patch, and moving to another release."""
 
 import dataclasses
 import hashlib
 import re
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from fork_patches import Patch, apply_queue, blob_id, faults, run_git, write_queue
 from fork_release import ForkError, Pin, find_sdist, load_release, read_sdist, write_pin
 from fork_series import Series, cut_diff, scratch_series
-from fork_tree import Fork, build, edited_files, is_leftover, own_files, read_manifest, stray_files
-
-
-# Where our own files go in a checkout of upstream.
-PLACES = {"src": "src", "tests": "tests", "docs": "docs/source", "examples": "examples"}
+from fork_tree import Fork, build, edited_files, own_files, read_manifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,72 +171,6 @@ def rebase(fork: Fork, version: str) -> tuple[Pin, list[str]]:
     return new_pin, dropped
 
 
-def write_pull_request(fork: Fork, checkout: Path, branch: str) -> list[str]:
-    """Write the series onto a new branch of an upstream checkout and switch to it.
-
-    The first commit adds our own files (modules, tests, docs pages, examples), then comes one commit a patch, merged
-    three-way onto whatever the checkout has. All of it is made in a clone, so a failure leaves the checkout alone.
-
-    Returns:
-        the subjects of the commits.
-
-    Raises:
-        ForkError: not a clean git checkout, the branch exists, a file of ours exists there, or a conflict.
-    """
-    if run_git("rev-parse", "--show-prefix", cwd=checkout, check=False, as_user=True).stdout != "\n":
-        raise ForkError(
-            f"{checkout} is not the top folder of a git checkout. Name a checkout of upstream's repository."
-        )
-    if dirty := run_git("status", "--porcelain", cwd=checkout, as_user=True).stdout.splitlines():
-        raise ForkError(
-            f"{checkout} has {len(dirty)} uncommitted change(s), such as {dirty[0][3:]}. Commit or stash first."
-        )
-    if (
-        run_git(
-            "rev-parse", "--verify", "--quiet", f"refs/heads/{branch}", cwd=checkout, check=False, as_user=True
-        ).returncode
-        == 0
-    ):
-        raise ForkError(f"{checkout} has a branch {branch} already. Delete it, or choose another with --branch.")
-    identity = _identity(checkout)
-    patches, release = fork.patches, load_release(fork.pin)
-    added = _own_additions(fork, release.files)
-    with tempfile.TemporaryDirectory(prefix="peft-fork-") as scratch, scratch_series() as series:
-        series.start(release.files)
-        commits = series.add(patches)
-        clone = Path(scratch, "clone")
-        run_git("clone", "--quiet", "--shared", str(checkout.resolve()), str(clone), cwd=Path(scratch))
-        run_git("switch", "--quiet", "--create", branch, cwd=clone)
-        run_git("fetch", "--quiet", str(series.folder), "HEAD", cwd=clone)
-        if taken := [path for path in added if (clone / path).exists()]:
-            raise ForkError(
-                f"{checkout} has files of ours already: {', '.join(taken)}. Start from a branch without them."
-            )
-        for path, content in added.items():
-            (clone / path).parent.mkdir(parents=True, exist_ok=True)
-            (clone / path).write_bytes(content)
-        subjects = ["Add the modules of routed LoRA"] if added else []
-        if added:
-            message = f"{subjects[0]}\n\nNew files only, with their tests; the commits after this one connect them.\n"
-            run_git("add", "--all", "--force", cwd=clone)
-            run_git("commit", "--quiet", "--file=-", cwd=clone, stdin=message, identity=identity)
-        for patch, commit in zip(patches, commits, strict=True):
-            picked = run_git("cherry-pick", "--no-commit", commit, cwd=clone, check=False)
-            conflicts = run_git("diff", "--name-only", "--diff-filter=U", cwd=clone).stdout.split()
-            if picked.returncode or conflicts:
-                where = ", ".join(conflicts) or picked.stderr.strip()
-                raise ForkError(
-                    f"patches/{patch.name} conflicts with the checkout in {where}. Nothing was changed there."
-                )
-            if run_git("diff", "--cached", "--quiet", cwd=clone, check=False).returncode == 0:
-                raise ForkError(f"patches/{patch.name} changes nothing in the checkout: it has that change already.")
-            run_git("commit", "--quiet", "--file=-", cwd=clone, stdin=patch.message, identity=identity)
-            subjects.append(patch.subject)
-        run_git("fetch", "--quiet", str(clone), f"refs/heads/{branch}:refs/heads/{branch}", cwd=checkout, as_user=True)
-    run_git("switch", "--quiet", branch, cwd=checkout, as_user=True)
-    return subjects
-
-
 def removed_lines(patches: list[Patch]) -> int:
     return sum(patch.removed for patch in patches)
 
@@ -342,28 +271,3 @@ def _refuse_edits(fork: Fork) -> None:
     manifest = read_manifest(fork)
     if manifest and (edited := edited_files(fork, manifest)):
         raise ForkError(f"Edited by hand and not in the queue: {', '.join(edited)}. Run fork.py refresh first.")
-
-
-def _own_additions(fork: Fork, upstream: dict[str, bytes]) -> dict[str, bytes]:
-    """Path in an upstream checkout -> content of each file that only the fork has."""
-    own = own_files(fork, upstream)
-    if strays := stray_files(own):
-        raise ForkError(f"Neither upstream's nor named 'moe': {', '.join(strays)}. Rename or remove them first.")
-    paths = [fork.root / path for path in own]
-    for folder in PLACES.keys() - {"src"}:
-        paths += sorted(path for path in (fork.root / folder).rglob("*") if path.is_file())
-    names = [path.relative_to(fork.root).as_posix() for path in paths]
-    return {
-        f"{PLACES[name.split('/', 1)[0]]}/{name.split('/', 1)[1]}": (fork.root / name).read_bytes()
-        for name in names
-        if not is_leftover(name)
-    }
-
-
-def _identity(checkout: Path) -> dict[str, str]:
-    """Who commits, from the checkout's git configuration and the user's own."""
-    said = run_git("var", "GIT_AUTHOR_IDENT", cwd=checkout, check=False, as_user=True)
-    who = re.match(r"(.+) <(.+)> ", said.stdout)
-    if not who:
-        raise ForkError(f"git does not know who commits in {checkout}. Set user.name and user.email with git config.")
-    return {f"GIT_{role}_{key}": who[i] for role in ("AUTHOR", "COMMITTER") for i, key in ((1, "NAME"), (2, "EMAIL"))}

@@ -164,19 +164,19 @@ def compare(files: list[str], *, workers: int, again: bool) -> dict:
             print(f"pristine: result of an earlier run ({kept})", file=sys.stderr, flush=True)
             pristine = Side(**json.loads(kept.read_text(encoding="utf-8")))
         else:
-            pristine = _run("pristine", trees["pristine"], [f"tests/{name}.py" for name in files], workers)
+            pristine = run_tests("pristine", trees["pristine"], [f"tests/{name}.py" for name in files], workers)
             kept.parent.mkdir(parents=True, exist_ok=True)
             kept.write_text(json.dumps(dataclasses.asdict(pristine)), encoding="utf-8")
-        fork = _run("fork", trees["fork"], [f"tests/{name}.py" for name in files], workers)
+        fork = run_tests("fork", trees["fork"], [f"tests/{name}.py" for name in files], workers)
         flaky = []
-        if different := sorted(_differences(pristine, fork)):
+        if different := sorted(differences(pristine, fork)):
             print(f"{len(different)} tests differ; running them once more on both sides", file=sys.stderr, flush=True)
             for side, name in ((pristine, "pristine"), (fork, "fork")):
                 if present := [test for test in different if test in side.outcomes]:
-                    second = _run(name, trees[name], present, 0)
+                    second = run_tests(name, trees[name], present, 0)
                     side.outcomes |= second.outcomes
                     side.messages |= second.messages
-            flaky = sorted(set(different) - _differences(pristine, fork))
+            flaky = sorted(set(different) - differences(pristine, fork))
     return _summary(pristine, fork, flaky)
 
 
@@ -199,7 +199,7 @@ def describe(summary: dict) -> str:
     return "\n".join(lines)
 
 
-def _differences(pristine: Side, fork: Side) -> set[str]:
+def differences(pristine: Side, fork: Side) -> set[str]:
     """Tests of the release that pass on one side only, and tests that only the fork has and that fail."""
     common = pristine.outcomes.keys()
     added = {test for test, found in fork.outcomes.items() if test not in common and found == "failed"}
@@ -207,7 +207,7 @@ def _differences(pristine: Side, fork: Side) -> set[str]:
 
 
 def _summary(pristine: Side, fork: Side, flaky: list[str]) -> dict:
-    different = _differences(pristine, fork)
+    different = differences(pristine, fork)
     outcomes = ("passed", "failed", "hub", "skipped", "xfailed")
     both = [test for test, found in pristine.outcomes.items() if found == fork.outcomes.get(test) == "failed"]
     return {
@@ -240,13 +240,24 @@ def _write_tree(folder: Path, files: dict[str, bytes]) -> None:
         (folder / path).write_bytes(content)
 
 
-def _run(name: str, tree: Path, tests: list[str], workers: int) -> Side:
-    """Run tests in a tree and read what the plugin part of this file reported."""
+def run_tests(name: str, tree: Path, tests: list[str], workers: int, **variables: str) -> Side:
+    """Run tests in a tree and read what the plugin part of this file reported.
+
+    Args:
+        name: what to call the tree on the terminal.
+        tests: files or test ids, relative to the tree.
+        workers: processes; 0 runs the tests in one.
+        variables: more environment variables for the run.
+
+    Raises:
+        ForkError: pytest could not run, or could not collect a file.
+    """
     report = tree / "report.jsonl"
     report.unlink(missing_ok=True)
     (tree / "selection.txt").write_text("\n".join(tests), encoding="utf-8")
     command = [sys.executable, "-m", "pytest", "-p", "upstream_tests", "-p", "no:cacheprovider", "-q", "--no-header"]
     command += ["--tb=no", "-rN", "--disable-warnings", "--rootdir", ".", "--numprocesses", str(workers)]
+    command += ["--override-ini", "addopts=", "--override-ini", "filterwarnings="]
     # Called from a test that pytest-xdist runs, this run must not take itself for that worker.
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     environment = inherited | {
@@ -255,6 +266,7 @@ def _run(name: str, tree: Path, tests: list[str], workers: int) -> Side:
         "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         "PEFT_UPSTREAM_REPORT": str(report),
+        **variables,
     }
     print(f"{name}: running upstream's tests", file=sys.stderr, flush=True)
     start = time.monotonic()
@@ -306,10 +318,10 @@ def pytest_configure(config) -> None:
 
 
 def pytest_collection_modifyitems(config, items) -> None:
-    """Of the custom models, keep the tests of LoraConfig and those that are for no single method."""
+    """Of the custom models, keep the tests of LoraConfig and MoELoraConfig, and those that are for no single method."""
 
     def wanted(item) -> bool:
-        other = "Config-" in item.name and "-LoraConfig-" not in item.name
+        other = "Config-" in item.name and not re.search("-(MoE)?LoraConfig-", item.name)
         return item.path.name != "test_custom_models.py" or not other
 
     config.hook.pytest_deselected(items=[item for item in items if not wanted(item)])

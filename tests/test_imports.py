@@ -17,7 +17,7 @@ def layer_of(path: Path, root: Path = ROOT) -> str:
     """What a file belongs to: fork tool, fork, foundation, dylo_moe, moe_ext, moe_ext.<tool> or script."""
     parts = path.relative_to(root).parts
     if parts[0] == "peft":
-        return "fork" if parts[1] in ("src", "tests") else "fork tool"
+        return "fork" if parts[1] in ("src", "tests", "examples") else "fork tool"
     if parts[0] == "moe_ext" and len(parts) > 2:
         return f"moe_ext.{parts[1]}"
     return parts[0] if parts[0] in PACKAGES else "script"

@@ -176,7 +176,7 @@ class TestPadding:
         torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=1e-5 if family != "gpt2" else 1e-6)
 
     def test_padding_is_not_counted_in_the_summary(self, routed, padded):
-        family, _, model = routed
+        _, _, model = routed
         summaries = []
         for batch in padded:
             with torch.no_grad():
@@ -444,7 +444,7 @@ class TestNamesMeanNothing:
 
     @torch.no_grad()
     def test_the_order_of_the_active_adapters_changes_nothing(self, routed):
-        family, scope, model = routed
+        family, _, model = routed
         ids = tokens(2, 9)
         logits = model(input_ids=ids).logits
         model.base_model.set_adapter(["expert_2", "expert_0", "expert_1"])

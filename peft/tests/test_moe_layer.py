@@ -21,8 +21,6 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from moe_oracles import (
     EXACT,
     EXPERTS,
@@ -35,7 +33,6 @@ from moe_oracles import (
     one_expert_at_a_time,
     only,
     random_weights,
-    spread,
     token_loop,
     token_shape,
 )
@@ -43,7 +40,7 @@ from torch import nn
 from torch.func import functional_call
 
 from peft import LoraConfig, import_utils
-from peft.tuners.lora import moe_layer, moe_stack
+from peft.tuners.lora import moe_stack
 from peft.tuners.lora.aqlm import AqlmLoraLinear
 from peft.tuners.lora.awq import AwqLoraLinear
 from peft.tuners.lora.gptq import GPTQLoraLinear
@@ -831,92 +828,3 @@ class TestCompile:
     @pytest.mark.slow
     def test_a_layer_compiled_by_inductor_gives_the_same(self):
         self.assert_compiles(*example("linear"), backend="inductor")
-
-
-# Properties: random shapes, ranks and numbers of experts.
-configurations = st.fixed_dictionaries(
-    {
-        "ranks": st.lists(st.integers(1, 4), min_size=1, max_size=6),
-        "batch": st.integers(1, 3),
-        "length": st.integers(1, 4),
-        "inputs": st.integers(1, 6),
-        "outputs": st.integers(1, 6),
-        "seed": st.integers(0, 2**16),
-    }
-)
-quickly = settings(max_examples=25, deadline=None)
-
-
-def random_layer(ranks, batch, length, inputs, outputs, seed):
-    experts = {f"e{i}": {"r": rank, "lora_alpha": i + 1} for i, rank in enumerate(ranks)}
-    layer = adapted(nn.Linear(inputs, outputs), experts, seed=seed)
-    return (
-        layer,
-        random_weights(batch, length, inputs, seed=seed),
-        random_weights(batch, length, len(ranks), seed=seed + 1),
-    )
-
-
-class TestProperties:
-    @quickly
-    @given(configurations)
-    def test_any_shape_rank_and_number_of_experts_equals_the_loop(self, configuration):
-        layer, x, weights = random_layer(**configuration)
-        torch.testing.assert_close(layer(x, routing_weights=weights), token_loop(layer, x, weights), **EXACT)
-
-    @quickly
-    @given(configurations, st.randoms(use_true_random=False))
-    def test_experts_permuted_with_their_columns_give_the_same(self, configuration, random):
-        layer, x, weights = random_layer(**configuration)
-        before = layer(x, routing_weights=weights)
-        order = list(range(weights.shape[-1]))
-        random.shuffle(order)
-        layer._active_adapter = [f"e{i}" for i in order]
-        torch.testing.assert_close(layer(x, routing_weights=weights[..., order]), before, **EXACT)
-
-    @quickly
-    @given(configurations)
-    def test_experts_renamed_give_the_same(self, configuration):
-        layer, x, weights = random_layer(**configuration)
-        ranks = configuration["ranks"]
-        experts = {f"z{i}": {"r": rank, "lora_alpha": i + 1} for i, rank in enumerate(ranks)}
-        renamed = adapted(copy.deepcopy(layer.get_base_layer()), experts)
-        renamed.load_state_dict({key.replace(".e", ".z"): value for key, value in layer.state_dict().items()})
-        torch.testing.assert_close(renamed(x, routing_weights=weights), layer(x, routing_weights=weights), **EXACT)
-
-    @quickly
-    @given(configurations, st.floats(-2, 2), st.floats(-2, 2))
-    def test_the_update_is_linear_in_the_weights(self, configuration, first, second):
-        layer, x, weights = random_layer(**configuration)
-        others, base = random_weights(*weights.shape, seed=99), layer.base_layer(x)
-
-        def update(weights):
-            return layer(x, routing_weights=weights) - base
-
-        torch.testing.assert_close(
-            update(first * weights + second * others), first * update(weights) + second * update(others), **EXACT
-        )
-
-    @quickly
-    @given(
-        rank=st.integers(1, 3),
-        groups=st.sampled_from([1, 2, 3]),
-        stride=st.integers(1, 2),
-        padding=st.integers(0, 2),
-        seed=st.integers(0, 2**16),
-    )
-    def test_any_convolution_equals_stock_experts_run_one_at_a_time(self, rank, groups, stride, padding, seed):
-        base = nn.Conv1d(2 * groups, 3 * groups, 3, stride=stride, padding=padding, groups=groups)
-        layer = adapted(base, {"one": {"r": rank * groups}, "two": {"r": groups, "lora_alpha": 3}}, seed=seed)
-        x = random_weights(2, 2 * groups, 5, seed=seed)
-        weights = random_weights(*token_shape(layer, x), 2, seed=seed + 1)
-        torch.testing.assert_close(layer(x, routing_weights=weights), one_expert_at_a_time(layer, x, weights), **EXACT)
-
-    @quickly
-    @given(st.lists(st.integers(1, 4), min_size=1, max_size=3), st.integers(1, 3), st.integers(0, 3))
-    def test_weights_are_spread_over_the_tokens_they_belong_to(self, tokens, num_experts, seed):
-        tokens = tuple(tokens[:2])
-        for lead in {(), tokens[:1], tokens}:
-            weights = random_weights(*lead, num_experts, seed=seed)
-            fitted = moe_layer.fit_to_tokens(weights, tokens).expand(*tokens, num_experts)
-            torch.testing.assert_close(fitted, spread(weights, tokens), rtol=0, atol=0)

@@ -13,18 +13,14 @@
 # limitations under the License.
 """The arithmetic of a routed linear layer against a loop over tokens and experts, and the choice between its forms."""
 
+from random import Random
+
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from peft import MoELoraConfig, get_peft_model
-from peft.tuners.lora import moe_layer
 from peft.tuners.lora.moe_path import sparse_pays
 from peft.tuners.lora.moe_product import NORM_EPSILON, add_sparse, add_stacked, project
-from peft.tuners.lora.moe_selection import select_experts
 
 
 class Case:
@@ -64,15 +60,16 @@ class Case:
         return add_sparse(self.result, self.x, self.weights, self.rows, self.columns, self.kept, torch.float64)
 
 
-cases = given(
-    num_tokens=st.integers(1, 9),
-    ranks=st.lists(st.integers(1, 4), min_size=1, max_size=7),
-    kept=st.integers(1, 7),
-    seed=st.integers(0, 2**16),
-)
+def random_cases(count=25):
+    random = Random(0)
+    for seed in range(count):
+        ranks = [random.randint(1, 4) for _ in range(random.randint(1, 7))]
+        yield random.randint(1, 9), ranks, random.randint(1, 7), seed
 
 
-@settings(max_examples=40, deadline=None)
+cases = pytest.mark.parametrize(("num_tokens", "ranks", "kept", "seed"), random_cases())
+
+
 @cases
 def test_the_stacked_form_and_all_its_gradients_equal_the_loop(num_tokens, ranks, kept, seed):
     case = Case(num_tokens, ranks, kept, seed)
@@ -83,7 +80,6 @@ def test_the_stacked_form_and_all_its_gradients_equal_the_loop(num_tokens, ranks
     torch.testing.assert_close(got, torch.autograd.grad(looped, case.leaves(), upstream))
 
 
-@settings(max_examples=40, deadline=None)
 @cases
 def test_the_sparse_form_and_all_its_gradients_equal_the_loop(num_tokens, ranks, kept, seed):
     case = Case(num_tokens, [ranks[0]] * len(ranks), kept, seed)
@@ -97,7 +93,6 @@ def test_the_sparse_form_and_all_its_gradients_equal_the_loop(num_tokens, ranks,
     torch.testing.assert_close(got, want)
 
 
-@settings(max_examples=40, deadline=None)
 @cases
 def test_scores_are_those_of_the_normalised_input(num_tokens, ranks, kept, seed):
     case = Case(num_tokens, ranks, kept, seed)
@@ -177,7 +172,7 @@ def test_nothing_but_input_hidden_and_weights_is_kept_for_the_backward():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        hidden, scores = project(case.x, [*case.rows, case.gate], 8, torch.float64)
+        hidden, _ = project(case.x, [*case.rows, case.gate], 8, torch.float64)
         add_stacked(case.result, hidden, case.weights, case.columns, ranks)
     numbers = inputs + (32 + 8) + 8 + 8 + 1  # x; the product; its normalised scores; the weights; one over rms
     assert sum(kept.values()) == num_tokens * numbers * 8
@@ -241,153 +236,3 @@ def test_the_sparse_form_is_not_taken_where_it_loses_or_k_is_not_fixed(kept, dty
 
 def test_experts_of_unequal_ranks_take_the_stacked_form():
     assert not sparse_pays(512, [16] * 127 + [8], 2, torch.float32, "cpu")
-
-
-def routed_model(num_experts, **changes):
-    torch.manual_seed(0)
-    base = LlamaForCausalLM(
-        LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
-    )
-    config = MoELoraConfig(
-        num_experts=num_experts,
-        r=2,
-        target_modules=["q_proj", "up_proj"],
-        task_type="CAUSAL_LM",
-        init_lora_weights=False,
-        **changes,
-    )
-    return get_peft_model(base, config)
-
-
-@pytest.fixture
-def taken(monkeypatch):
-    """Counts the calls of the sparse form."""
-    calls, run = [], moe_layer.add_sparse
-    monkeypatch.setattr(moe_layer, "add_sparse", lambda *args: calls.append(1) or run(*args))
-    return calls
-
-
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("scope", ["layer", "block"])
-def test_a_model_of_many_experts_takes_it_and_gives_what_the_stacked_form_gives(scope, training, taken, monkeypatch):
-    model = routed_model(64, top_k=2, router_scope=scope).double().train(training)
-    ids = torch.arange(12).reshape(2, 6)
-    sparse = model(input_ids=ids, labels=ids)
-    assert len(taken) == 4  # two adapted layers in each of two blocks
-    monkeypatch.setattr(moe_layer, "sparse_pays", lambda *args: False)
-    stacked = model(input_ids=ids, labels=ids)
-    assert len(taken) == 4
-    # Llama's RMSNorm computes in float32
-    torch.testing.assert_close(sparse.logits, stacked.logits, rtol=1e-5, atol=1e-6)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for got, want in zip(*(torch.autograd.grad(output.loss, trained) for output in (sparse, stacked))):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-7)
-
-
-def test_dropout_runs_in_the_sparse_form(taken):
-    model = routed_model(64, top_k=2, lora_dropout=0.5).train()
-    ids = torch.arange(12).reshape(2, 6)
-    torch.manual_seed(0)
-    first, second = model(input_ids=ids).logits, model(input_ids=ids).logits
-    assert len(taken) == 8
-    assert not torch.equal(first, second)
-    torch.manual_seed(0)
-    assert torch.equal(model(input_ids=ids).logits, first)
-
-
-def test_every_expert_gets_a_gradient_even_if_no_token_chose_it(taken):
-    model = routed_model(32, top_k=1)
-    model(input_ids=torch.arange(4)[None], labels=torch.arange(4)[None]).loss.backward()
-    assert taken
-    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
-
-
-@pytest.mark.parametrize(
-    "changes", [{"top_k": 2, "num_experts": 63}, {"num_experts": 128}, {"top_p": 0.5, "num_experts": 128}]
-)
-def test_few_experts_and_selections_without_a_fixed_k_use_the_stacked_form(changes, taken):
-    routed_model(**changes)(input_ids=torch.arange(4)[None])
-    assert not taken
-
-
-def test_a_hybrid_router_is_sparse_only_in_eval(taken):
-    model = routed_model(64, top_k=2, router_selection="hybrid")
-    model.train()(input_ids=torch.arange(4)[None])
-    assert not taken
-    model.eval()(input_ids=torch.arange(4)[None])
-    assert taken
-
-
-# -- the gate in the experts' product --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("frozen", ["nothing", "experts", "gates", "both"])
-@pytest.mark.parametrize("training", [False, True])
-def test_a_gate_scored_with_its_experts_gives_what_a_gate_called_by_itself_gives(training, frozen):
-    model = routed_model(4, top_k=2).train(training)
-    gates = model.base_model.moe_router.gates
-    for name, parameter in model.named_parameters():
-        is_gate = "moe_router" in name
-        parameter.requires_grad_(
-            ("lora_" in name or is_gate) and frozen not in ("both", "gates" if is_gate else "experts")
-        )
-    ids = torch.arange(12).reshape(2, 6)
-
-    def run():
-        output = model(input_ids=ids, labels=ids)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        return output.logits, torch.autograd.grad(output.loss, trained) if trained else ()
-
-    calls = []
-    together = run()
-    handles = [gate.register_forward_hook(lambda *args: calls.append(1)) for gate in gates.values()]
-    apart = run()
-    assert len(calls) == len(gates) == 4  # a gate that somebody listens to is called
-    for handle in handles:
-        handle.remove()
-    torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-6)  # float32, in another order
-
-
-@pytest.mark.parametrize("autocast", [False, True])
-def test_a_gate_stays_float32_where_its_experts_are_bfloat16(autocast):
-    model = routed_model(16, top_k=2).eval()
-    model = model if autocast else model.to(torch.bfloat16)
-    for gate in model.base_model.moe_router.gates.values():
-        gate.float()
-    layer = model.base_model.model.model.layers[0].self_attn.q_proj
-    seen = {}
-    layer.register_forward_hook(lambda module, args, output: seen.update(x=args[0]))
-    with torch.no_grad(), torch.autocast("cpu", enabled=autocast), model.record_routing() as recorded:
-        model(input_ids=torch.arange(48).reshape(2, 24))
-    site = layer.routing_port.site
-    gate = model.base_model.moe_router.gates[site.replace(".", "/")]
-    x = seen["x"].float()
-    scores = (x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + NORM_EPSILON)) @ gate.weight.t()
-    expected = select_experts(scores, selection="top_k", top_k=2).weights
-    torch.testing.assert_close(recorded[site][0], expected, rtol=0, atol=1e-2 if seen["x"].dtype != x.dtype else 1e-5)
-    assert torch.equal(recorded[site][0] > 0, expected > 0)
-
-
-def test_one_product_serves_experts_and_gate():
-    model = routed_model(4, top_k=2).eval()
-    ids = torch.arange(6)[None]
-    model(input_ids=ids)  # stacks the factors
-
-    def num_products():
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(input_ids=ids)
-        counts = counter.get_flop_counts()["Global"]
-        return sum(counts.values())
-
-    together = num_products()
-    hidden, tokens, rank = 32, 6, 8
-    base = 2 * tokens * (4 * hidden * hidden + 3 * hidden * 48) * 2 + 2 * tokens * hidden * 64
-    attention = num_attention_flops(model, ids)
-    update = 2 * tokens * ((rank + 4) * hidden + rank * hidden + (rank + 4) * hidden + rank * 48) * 2
-    assert together == base + attention + update
-
-
-def num_attention_flops(model, ids):
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), model.disable_adapter():
-        model(input_ids=ids)
-    return counter.get_total_flops() - (2 * 6 * (4 * 32 * 32 + 3 * 32 * 48) * 2 + 2 * 6 * 32 * 64)

@@ -26,7 +26,6 @@ from moe_testing import (
     count_hooks,
     spread_gates,
     tiny_base,
-    tiny_mixture,
     tokens,
     trainable_gradients,
 )
@@ -993,7 +992,9 @@ class TestSavedRouters:
 class TestTwoPass:
     @torch.no_grad()
     def test_the_gate_looks_at_the_last_hidden_state_of_the_base_model(self):
-        model = tiny_mixture("llama", "two_pass")
+        model = adapters("a", "b", "c")
+        model.attach_router(RouterConfig(scope="two_pass"))
+        spread_gates(model)
         ids = tokens(2, 6)
         with model.record_routing() as recorded:
             model(input_ids=ids)
@@ -1002,7 +1003,9 @@ class TestTwoPass:
         torch.testing.assert_close(recorded["model"][0], expected)
 
     def test_the_first_pass_leaves_the_adapters_enabled_when_it_fails(self):
-        model = tiny_mixture("llama", "two_pass")
+        model = adapters("a", "b", "c")
+        model.attach_router(RouterConfig(scope="two_pass"))
+        spread_gates(model)
         ids = tokens(2, 6)
         with torch.no_grad():
             expected = model(input_ids=ids).logits

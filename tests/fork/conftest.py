@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from fake_upstream import FORK_FOLDER, FakeFork, write_sdist
+from fake_upstream import CONTENTS, FORK_FOLDER, SERIES, FakeFork, write_sdist
 
 sys.path.insert(0, str(FORK_FOLDER))
 
@@ -48,6 +48,7 @@ def queue(home) -> FakeFork:
     home.edit("tuners/lora/layer.py", "line 20", "line twenty")
     home.edit("mapping.py", "line 8", "line 8\nregistry")
     home.command("refresh", "--new", "registry", "--subject", "Register", "--why", "So that it is found.")
+    (home.root / "series.toml").write_text(SERIES)
     return home
 
 
@@ -64,7 +65,8 @@ def checkout(tmp_path, monkeypatch) -> Path:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(content)
     (folder / "docs/source").mkdir(parents=True)
-    (folder / "docs/source/index.md").write_text("# PEFT\n")
+    (folder / "docs/source/_toctree.yml").write_text(CONTENTS)
+    (folder / "pyproject.toml").write_text("[tool.ruff]\nline-length = 100\n")
     FakeFork.git(folder, "init", "--quiet")
     FakeFork.git(folder, "add", "--all")
     FakeFork.git(folder, "commit", "--quiet", "--message", "Release 9.0.0")

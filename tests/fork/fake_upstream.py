@@ -32,6 +32,35 @@ FILES = {
     ),
 }
 
+# What the fork's series.toml says of the queue that the fixture `queue` makes.
+SERIES = """
+[[commit]]
+patch = "seam"
+files = ["src/peft/tuners/lora/moe_layer.py"]
+
+[[commit]]
+patch = "registry"
+
+[last]
+subject = "Document it"
+why = "For its readers."
+pages = [{page = "package_reference/moe", title = "MoE", after = "package_reference/lora"}]
+"""
+
+# The table of contents of upstream's documentation.
+CONTENTS = """\
+- title: Methods
+  sections:
+    - sections:
+      - local: package_reference/lora
+        title: LoRA
+      title: Adapters
+- title: API
+  sections:
+  - local: package_reference/lora
+    title: LoRA
+"""
+
 
 def write_sdist(folder: Path, version: str, changes: dict[str, str | None] | None = None) -> Path:
     """Write peft-VERSION.tar.gz into `folder`; `changes` adds or replaces files, None leaves one out."""

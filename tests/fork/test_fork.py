@@ -146,7 +146,7 @@ def real_release() -> fork_release.Release:
 
 def test_the_queue_applies_to_the_pinned_release_and_every_header_is_well_formed(real_release, tmp_path):
     root = tmp_path / "peft"
-    left = shutil.ignore_patterns(".fork", "__pycache__", "*.egg-info", "tests")
+    left = shutil.ignore_patterns(".fork", "__pycache__", "*.egg-info")
     shutil.copytree(FORK_FOLDER, root, ignore=left)
     copy = fork_tree.Fork(root)
     for path in real_release.files:

@@ -78,3 +78,9 @@ def test_extras_that_are_not_upstreams_are_told(checked):
     project = checked.root / "pyproject.toml"
     project.write_text(project.read_text().replace("\ntest = ", "\nmore = "))
     assert "pyproject.toml has extras ['more'], but upstream has ['test']" in faults_of(checked)
+
+
+def test_a_file_that_no_commit_of_the_pull_request_brings_is_told(checked):
+    (checked.root / "tests").mkdir()
+    (checked.root / "tests/test_moe_routing.py").write_text("")
+    assert "names no patch that brings tests/test_moe_routing.py" in checked.run("check")[2]

@@ -1,4 +1,4 @@
-"""peft/fork_moves.py: hand edits into the queue, commits into the queue, another release, the pull-request series."""
+"""peft/fork_moves.py: hand edits into the queue, commits into the queue, another release."""
 
 import shutil
 
@@ -251,76 +251,6 @@ def test_rebase_onto_a_file_of_ours_or_over_edits_is_refused(queue, tmp_path):
 
 def test_rebase_to_a_release_that_does_not_exist_is_refused(queue):
     assert "peft==9.5.0" in queue.refused("rebase", "9.5.0")
-
-
-def test_pr_writes_one_commit_a_patch_after_one_with_our_files(queue, checkout):
-    for name in ("tests/test_moe_routing.py", "docs/package_reference/moe_lora.md", "tests/.hypothesis/x.py"):
-        (queue.root / name).parent.mkdir(parents=True, exist_ok=True)
-        (queue.root / name).write_text("ours\n")
-    queue.command("pr", checkout)
-    assert FakeFork.git(checkout, "branch", "--show-current") == "moe-lora"
-    log = FakeFork.git(checkout, "log", "--reverse", "--format=%an <%ae> %s", "main..moe-lora").splitlines()
-    who = "Ada <ada@example.org>"
-    assert log == [f"{who} Add the modules of routed LoRA", f"{who} Add a seam", f"{who} Register"]
-    assert FakeFork.git(checkout, "log", "-1", "--format=%b") == "So that it is found."
-    first = FakeFork.git(checkout, "show", "--format=", "--name-only", "moe-lora~2").split()
-    assert first == [
-        "docs/source/package_reference/moe_lora.md",
-        "src/peft/tuners/lora/moe_layer.py",
-        "tests/test_moe_routing.py",
-    ]
-    assert (checkout / "src/peft/mapping.py").read_text() == queue.source("mapping.py").read_text()
-
-
-def test_the_series_of_pr_has_context_and_applies_to_the_pristine_release(queue, checkout, tmp_path):
-    queue.command("pr", checkout, "--branch", "mine")
-    mails = FakeFork.git(checkout, "format-patch", "main..mine", "--output-directory", tmp_path / "mails").split()
-    assert len(mails) == 3
-    FakeFork.git(checkout, "switch", "--quiet", "--create", "again", "main")
-    FakeFork.git(checkout, "am", "--quiet", *mails)
-    assert FakeFork.git(checkout, "diff", "again", "mine") == ""
-    assert "\n line 4\n line 5\n+seam\n line 6" in (tmp_path / "mails" / mails[1].split("/")[-1]).read_text()
-
-
-def test_pr_merges_onto_a_checkout_that_has_moved_on(queue, checkout):
-    commit_in(checkout, "Moved on", mapping="new\n" + LINES)
-    queue.command("pr", checkout)
-    text = (checkout / "src/peft/mapping.py").read_text()
-    assert text == "new\n" + LINES.replace("line 8\n", "line 8\nregistry\n")
-
-
-def state(checkout):
-    return FakeFork.git(checkout, "for-each-ref"), FakeFork.git(checkout, "status", "--branch", "--porcelain")
-
-
-def test_pr_with_a_conflict_names_it_and_leaves_the_checkout_alone(queue, checkout):
-    commit_in(checkout, "Moved on", mapping=LINES.replace("line 8\n", "line xx\n").replace("line 9\n", "line yy\n"))
-    before = state(checkout)
-    error = queue.refused("pr", checkout)
-    assert "patches/0002-registry.patch conflicts with the checkout in src/peft/mapping.py" in error
-    assert state(checkout) == before
-
-
-def test_pr_refuses_a_dirty_checkout_an_existing_branch_and_what_is_no_checkout(queue, checkout, tmp_path):
-    FakeFork.git(checkout, "branch", "taken")
-    assert "has a branch taken already" in queue.refused("pr", checkout, "--branch", "taken")
-    assert "not the top folder of a git checkout" in queue.refused("pr", tmp_path)
-    assert "not the top folder of a git checkout" in queue.refused("pr", checkout / "src")
-    assert "nonesuch is not a folder" in queue.refused("pr", tmp_path / "nonesuch")
-    (checkout / "notes.txt").write_text("")
-    assert "1 uncommitted change(s), such as notes.txt" in queue.refused("pr", checkout)
-
-
-def test_pr_refuses_a_checkout_that_has_our_files(queue, checkout):
-    commit_in(checkout, "Theirs", **{"tuners/lora/moe_layer": "theirs\n"})
-    assert "src/peft/tuners/lora/moe_layer.py" in queue.refused("pr", checkout)
-
-
-def test_a_pr_branch_that_was_worked_on_comes_back_as_the_queue(queue, checkout):
-    before = queue.snapshot()
-    queue.command("pr", checkout)
-    queue.command("refresh", "--from", checkout, "--base", "main")
-    assert queue.snapshot() == before
 
 
 @pytest.mark.parametrize("header", ["Add a seam\n\nWhy.\n\nUpstream: one\nand two.\n\nMore.", "Upstream: x\n\nWhy."])

@@ -9,7 +9,7 @@ import fork_tree
 import pytest
 import upstream_tests
 from fake_upstream import FILES, FORK_FOLDER, write_sdist
-from upstream_tests import WANTS_THE_HUB, Side, _differences, describe
+from upstream_tests import WANTS_THE_HUB, Side, describe, differences
 
 
 def side(**outcomes) -> Side:
@@ -30,7 +30,7 @@ def side(**outcomes) -> Side:
     ],
 )
 def test_a_test_that_passes_on_one_side_only_is_a_difference(fork, different):
-    assert _differences(side(a="passed", b="failed", c="hub"), side(**fork)) == different
+    assert differences(side(a="passed", b="failed", c="hub"), side(**fork)) == different
 
 
 def test_the_summary_counts_and_names_what_differs():
@@ -110,8 +110,8 @@ def test_the_pristine_result_is_kept_for_the_next_run(two_sides, tmp_path, monke
     names = ["--select", "test_custom_models", "--workers", "0", "--output", str(tmp_path / "out")]
     assert upstream_tests.main(names) == 0
     runs = []
-    real = upstream_tests._run
-    monkeypatch.setattr(upstream_tests, "_run", lambda name, *rest: runs.append(name) or real(name, *rest))
+    real = upstream_tests.run_tests
+    monkeypatch.setattr(upstream_tests, "run_tests", lambda name, *rest: runs.append(name) or real(name, *rest))
     assert upstream_tests.main(names) == 0
     assert runs == ["fork"]
 

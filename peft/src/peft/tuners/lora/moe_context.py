@@ -25,9 +25,10 @@ outputs: both kinds then give the gradients, and count the tokens, of a run with
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Callable, Optional, Union
+from typing import Any, Optional, Union
 
 import torch
 from torch import nn
@@ -265,7 +266,7 @@ class RoutingContext:
             return
         hidden_states = args[0] if args else kwargs.get("hidden_states")
         if not isinstance(hidden_states, torch.Tensor):
-            raise ValueError(
+            raise ValueError(  # noqa: TRY004 the model is at fault, not a type that the caller passed
                 f"Block '{site}' ({type(block).__name__}) does not take its hidden states as first argument, so its "
                 "gate has nothing to look at. Use router scope 'layer' for this model."
             )

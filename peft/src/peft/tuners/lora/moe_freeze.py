@@ -21,7 +21,8 @@ The sum is exact by concatenation; its rank is the sum of the ranks of the exper
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, Optional, Sequence
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 from torch import nn

@@ -18,9 +18,10 @@ from __future__ import annotations
 import copy
 import json
 import os
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Iterator, NamedTuple, Optional, Sequence, Union
+from typing import Any, NamedTuple, Optional, Union
 
 import torch
 from safetensors import SafetensorError
@@ -448,7 +449,7 @@ def check_supports_routing(model: nn.Module) -> None:
     """Raise a `ValueError` if the adapters of a `PeftModel` cannot take `routing_weights`."""
     if not isinstance(getattr(model, "base_model", None), RoutedLoraMixin):
         kind = getattr(model, "peft_type", None) or type(model).__name__
-        raise ValueError(
+        raise ValueError(  # noqa: TRY004 as the other arguments that a PEFT method does not support
             f"routing_weights needs a PeftModel with LoRA adapters, but this model's adapters are of type {kind}. "
             "Remove the argument or use LoRA."
         )

@@ -19,8 +19,9 @@ states grow over the depth of a model by orders of magnitude; the scores then de
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Callable, Literal, Optional, Union
+from typing import Literal, Optional, Union
 
 import torch
 from torch import nn

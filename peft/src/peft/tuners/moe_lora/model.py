@@ -224,6 +224,10 @@ class MoELoraModel(LoraModel):
             )
         super().delete_adapter(adapter_name)
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether an adapter can become plain LoRA: an expert is one, the mixture needs `freeze_routing` first."""
+        return adapter_name != self.mixture_name and super().supports_lora_conversion(adapter_name)
+
     # -- activating --------------------------------------------------------------------------------------------------
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
