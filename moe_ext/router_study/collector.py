@@ -180,13 +180,10 @@ class _Run:
                     if time.monotonic() - saved > SAVE_SECONDS:
                         self._save()
                         saved = time.monotonic()
-        except BaseException:
-            self._save()
-            raise
+        finally:
+            self._save()  # at the end as well: what follows can be broken off too
         counts, vocabulary = self.counts.to("cpu"), VocabularyCounts(self.vocabulary.table_3LVE.cpu())
-        return Activations(
-            self.domains, self.num_groups, self.gates, counts, vocabulary, Sample.joined(self.sample)
-        )
+        return Activations(self.domains, self.num_groups, self.gates, counts, vocabulary, Sample.joined(self.sample))
 
     def _read(self, domain: int, start: int, ids_BS: Tensor, mask_BS: Tensor) -> int:
         device = self.wrapper.device
@@ -261,7 +258,9 @@ class _Run:
             )
         tensors = load_file(self.folder / STATE)
         device = str(self.wrapper.device)
-        sample = {name.removeprefix("sample."): tensors.pop(name) for name in list(tensors) if name.startswith("sample.")}
+        sample = {
+            name.removeprefix("sample."): tensors.pop(name) for name in list(tensors) if name.startswith("sample.")
+        }
         self.sample = [Sample(**sample)] if sample else []
         self.vocabulary = VocabularyCounts(tensors.pop("vocabulary").to(device))
         self.counts = Counts(**tensors).to(device)

@@ -149,7 +149,9 @@ def parse_sources(data: str) -> dict[str, str]:
     for part in data.split(","):
         domain, _, source = part.strip().partition("=")
         if not domain or (("=" in part) and not source):
-            raise ValueError(f"'{data}' is no list of domains. Write domain=source,..., as in prose=prose,code=humaneval.")
+            raise ValueError(
+                f"'{data}' is no list of domains. Write domain=source,..., as in prose=prose,code=humaneval."
+            )
         if domain in sources:
             raise ValueError(f"The domain {domain} is named twice in '{data}'.")
         sources[domain] = source or domain

@@ -77,6 +77,10 @@ class Gates(ABC):
         """The rows [E, H] that score the experts, one matrix a gate; H may differ between gates."""
 
     @abstractmethod
+    def modules(self) -> list[nn.Module]:
+        """The module of each gate; its first argument is the hidden state [..., H] that it scores."""
+
+    @abstractmethod
     @contextmanager
     def listening(self) -> Iterator[dict[int, Any]]:
         """Inside, every forward pass leaves in the yielded mapping what each gate decided last."""
@@ -104,6 +108,23 @@ class Gates(ABC):
                 weights of a token that are not zero.
         """
 
+    @contextmanager
+    def inputs(self) -> Iterator[dict[int, Tensor]]:
+        """Inside, every pass leaves the hidden states [T, H] that each gate scored."""
+        seen: dict[int, Tensor] = {}
+
+        def look(place: int, _module: nn.Module, args: tuple) -> None:
+            seen[place] = args[0].detach().flatten(0, -2)
+
+        handles = [
+            module.register_forward_pre_hook(partial(look, place)) for place, module in enumerate(self.modules())
+        ]
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
     def _check_all_heard(self, heard: dict[int, Any]) -> None:
         if silent := [self.names[place] for place in range(len(self)) if place not in heard]:
             raise RuntimeError(f"The gate {silent[0]} decided nothing in this pass. Run the whole model once.")
@@ -111,7 +132,9 @@ class Gates(ABC):
     def _check_layers(self, layers: Sequence[int] | None, count: int) -> list[int]:
         places = list(range(count)) if layers is None else list(layers)
         if wrong := [place for place in places if not 0 <= place < count]:
-            raise ValueError(f"There is no layer {wrong[0]}: the model has {count} layers with a router, 0 to {count - 1}.")
+            raise ValueError(
+                f"There is no layer {wrong[0]}: the model has {count} layers with a router, 0 to {count - 1}."
+            )
         return places
 
 
@@ -125,13 +148,18 @@ class FusedGates(Gates):
         self.labels = [str(layer.index) for layer in self.layers]
         counts = {layer.num_experts for layer in self.layers}
         if len(counts) > 1:
-            raise ValueError(f"The layers hold {sorted(counts)} experts, but are compared with each other and must agree.")
+            raise ValueError(
+                f"The layers hold {sorted(counts)} experts, but are compared with each other and must agree."
+            )
         self.num_experts = counts.pop()
         self.num_chosen = self.layers[0].router.top_k
         self._score: Callable[[Tensor], Tensor] | None = None
 
     def weights(self) -> list[Tensor]:
         return [layer.router.weight.detach().float() for layer in self.layers]
+
+    def modules(self) -> list[nn.Module]:
+        return [layer.router for layer in self.layers]
 
     @contextmanager
     def listening(self) -> Iterator[dict[int, Any]]:
@@ -140,9 +168,7 @@ class FusedGates(Gates):
         def hear(place: int, _module: nn.Module, _args: tuple, output: tuple) -> None:
             heard[place] = output
 
-        handles = [
-            layer.router.register_forward_hook(partial(hear, place)) for place, layer in enumerate(self.layers)
-        ]
+        handles = [layer.router.register_forward_hook(partial(hear, place)) for place, layer in enumerate(self.layers)]
         try:
             yield heard
         finally:

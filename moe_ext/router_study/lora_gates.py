@@ -45,8 +45,18 @@ class LoraGates(Gates):
     def weights(self) -> list[Tensor]:
         gates = [self.router.gates[key] for key in self.keys]
         if without := [name for name, gate in zip(self.names, gates, strict=True) if not hasattr(gate, "weight")]:
-            raise ValueError(f"The gate at {without[0]} is not a matrix of one row an expert, so it has no directions.")
+            raise ValueError(
+                f"The gate at {without[0]} is not a matrix of one row an expert, so it has no directions."
+            )
         return [gate.weight.detach().float() for gate in gates]
+
+    def modules(self) -> list[nn.Module]:
+        return [self.router.gates[key] for key in self.keys]
+
+    def layers_of(self, place: int) -> list[nn.Module]:
+        """The LoRA layers that a gate decides for."""
+        held = [module for module in self.model.modules() if getattr(module, "routing_port", None) is not None]
+        return [layer for layer in held if layer.routing_port.site == self.names[place]]
 
     @contextmanager
     def listening(self) -> Iterator[dict[int, Any]]:

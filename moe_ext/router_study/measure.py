@@ -168,7 +168,9 @@ def _vocabulary(activations: Activations, replicates: int, seed: int, least_seen
         sample.vocabulary(sample.shuffled(gates, "tokens", seed=seed + number), num_ids).table_3LVE
         for number in range(SHUFFLES)
     ]
-    as_it_is = table_3LVE if activations.sample_is_all else sample.vocabulary(sample.routing(gates), num_ids).table_3LVE
+    as_it_is = (
+        table_3LVE if activations.sample_is_all else sample.vocabulary(sample.routing(gates), num_ids).table_3LVE
+    )
     for kind, name in enumerate(KINDS):
 
         def figure(table_3LVE: Tensor, weights_V: Tensor | None = None, *, kind: int = kind) -> Tensor:

@@ -1,8 +1,8 @@
 """Revisions of a model: what their names say of their place in training, and where they are.
 
-    step5000-tokens20B    a branch as the OLMoE authors name them: after 5,000 steps, on 20 billion tokens
-    checkpoint-500        a folder as a Trainer names it
-    main, final           no number: the end of training
+step5000-tokens20B    a branch as the OLMoE authors name them: after 5,000 steps, on 20 billion tokens
+checkpoint-500        a folder as a Trainer names it
+main, final           no number: the end of training
 """
 
 import re
@@ -58,7 +58,9 @@ def in_order(names: Sequence[str]) -> list[Revision]:
         ValueError: fewer than two, one that is named twice, or several whose place cannot be told.
     """
     if len(names) < 2:
-        raise ValueError(f"{len(names)} revision was given, but two are needed to compare: an earlier one and the last.")
+        raise ValueError(
+            f"{len(names)} revision was given, but two are needed to compare: an earlier one and the last."
+        )
     if twice := sorted({name for name in names if list(names).count(name) > 1}):
         raise ValueError(f"The revision {twice[0]} is named twice.")
     revisions = [parse_revision(name) for name in names]

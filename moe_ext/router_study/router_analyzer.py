@@ -55,9 +55,7 @@ class RouterAnalyzer:
 
     def extract_all_router_weights(self) -> dict[str, Tensor]:
         """The rows [E, H] of each gate by its name, float32 on the CPU."""
-        return {
-            name: weight.cpu() for name, weight in zip(self.gates.names, self.gates.weights(), strict=True)
-        }
+        return {name: weight.cpu() for name, weight in zip(self.gates.names, self.gates.weights(), strict=True)}
 
     def compute_router_similarity_matrix(self) -> Tensor:
         """Cosine of every row with every other, over all gates, [L * E, L * E].

@@ -33,7 +33,9 @@ def divergence(totals: Totals) -> Tensor:
     At most log D. It is the mutual information of domain and expert where all domains are equally long. By chance 0.
     """
     share_DLE = totals.chosen_DLE / totals.chosen_DLE.sum(dim=-1, keepdim=True).clamp_min(1)
-    return torch.special.entr(share_DLE.mean(dim=0)).sum(dim=-1) - torch.special.entr(share_DLE).sum(dim=-1).mean(dim=0)
+    return torch.special.entr(share_DLE.mean(dim=0)).sum(dim=-1) - torch.special.entr(share_DLE).sum(dim=-1).mean(
+        dim=0
+    )
 
 
 def pairwise_divergence(totals: Totals) -> Tensor:
@@ -83,7 +85,9 @@ METRICS = (
         ("domain", "layer", "expert"),
         "share of a domain in an expert's tokens",
     ),
-    Metric("domains.divergence", divergence, _nothing, "tokens", ("layer",), "Jensen-Shannon divergence of the domains"),
+    Metric(
+        "domains.divergence", divergence, _nothing, "tokens", ("layer",), "Jensen-Shannon divergence of the domains"
+    ),
     Metric(
         "domains.pairwise_divergence",
         pairwise_divergence,

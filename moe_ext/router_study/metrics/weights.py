@@ -60,7 +60,9 @@ def principal_angles(one_EH: Tensor, other_EH: Tensor, *, num_dimensions: int) -
     most = min(*one_EH.shape, *other_EH.shape)
     if not 1 <= num_dimensions <= most:
         raise ValueError(f"num_dimensions is {num_dimensions}, but must lie between 1 and {most}.")
-    bases = [torch.linalg.svd(weight.double(), full_matrices=False).Vh[:num_dimensions] for weight in (one_EH, other_EH)]
+    bases = [
+        torch.linalg.svd(weight.double(), full_matrices=False).Vh[:num_dimensions] for weight in (one_EH, other_EH)
+    ]
     # arccos loses half of the digits near 0; the sine is accurate there.
     cosine_R = torch.linalg.svdvals(bases[0] @ bases[1].T).clamp(0, 1)
     rest = bases[1] - bases[1] @ bases[0].T @ bases[0]
