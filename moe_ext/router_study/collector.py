@@ -163,8 +163,8 @@ class _Run:
         needed = Counts.num_bytes(parts, L, E) + VocabularyCounts.num_bytes(L, self.wrapper.num_ids, E)
         if needed > counts_mb * MEBIBYTE:
             raise ValueError(
-                f"Counting {L} layers of {E} experts in {parts} parts takes {needed / MEBIBYTE:,.0f} MiB, but counts_mb "
-                f"is {counts_mb}. Study fewer layers at a time, lower num_groups, or raise counts_mb."
+                f"Counting {L} layers of {E} experts in {parts} parts takes {needed / MEBIBYTE:,.0f} MiB, but "
+                f"counts_mb is {counts_mb}. Study fewer layers at a time, lower num_groups, or raise counts_mb."
             )
 
     def to_the_end(self) -> Activations:

@@ -2,8 +2,8 @@
 
     DatasetLoader(tokenizer).rows({"prose": "prose", "code": "humaneval", "notes": "notes.jsonl"})
 
-A source is a built-in domain (`prose`, `code`, `math`), a file or folder, a hub dataset by a name of `HUB_TEXTS`, or any
-hub dataset as `owner/name:subset`. What cannot be had is an error; nothing ever stands in for it.
+A source is a built-in domain (`prose`, `code`, `math`), a file or folder, a hub dataset by a name of `HUB_TEXTS`, or
+any as `owner/name:subset`. What cannot be had is an error; nothing ever stands in for it.
 
 Shape letters: N rows, S tokens of a row.
 """
@@ -166,8 +166,8 @@ def _stream(source: str, where: HubText) -> Iterator[str]:
     except (DatasetNotFoundError, ConnectionError, OSError, ValueError) as refused:
         said = str(refused).strip().splitlines()[0].rstrip(".")
         raise ValueError(
-            f"The hub dataset '{where.name}' ({source}) could not be read: {said}. Check the network, or give a built-in "
-            "domain or a local file."
+            f"The hub dataset '{where.name}' ({source}) could not be read: {said}. Check the network, or give a "
+            "built-in domain or a local file."
         ) from refused
 
 

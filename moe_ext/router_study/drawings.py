@@ -1,4 +1,4 @@
-"""What a plot shows, apart from how it is drawn: the page (`page.py`) and the pictures (`pictures.py`) draw the same."""
+"""What a plot shows, whoever draws it: the page (`page.py`) and the pictures (`pictures.py`) draw the same."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -101,9 +101,9 @@ def saturation(
     """
     if earlier.chosen_LRSK.shape != last.chosen_LRSK.shape or earlier.num_experts != last.num_experts:
         raise ValueError(
-            f"{revision or 'The earlier model'} chose {list(earlier.chosen_LRSK.shape)} (layers, rows, tokens, choices) of "
-            f"{earlier.num_experts} experts, the last one {list(last.chosen_LRSK.shape)} of {last.num_experts}. Compare "
-            "revisions of one model."
+            f"{revision or 'The earlier model'} made choices of the shape {list(earlier.chosen_LRSK.shape)} (layers, "
+            f"rows, tokens, choices) among {earlier.num_experts} experts, the last one {list(last.chosen_LRSK.shape)} "
+            f"among {last.num_experts}. Compare revisions of one model."
         )
     generator = torch.Generator().manual_seed(seed)
     real_RS, E = last.mask_RS, last.num_experts

@@ -84,8 +84,8 @@ def saturation_drawing(found: list[Saturation], labels: list[str], last: str) ->
     return Drawing(
         "saturation",
         "Router saturation",
-        f"At {_short(first.revision)} tokens choose {mean:.0%} of the experts that they choose at {_short(last)}{more}; "
-        f"by chance {first.chance:.1%}, shuffled tokens {shuffled[0]:.0%}.",
+        f"At {_short(first.revision)} tokens choose {mean:.0%} of the experts that they choose at {_short(last)}"
+        f"{more}; by chance {first.chance:.1%}, shuffled tokens {shuffled[0]:.0%}.",
         Lines([_short(one.revision) for one in found], series, "revision", "part of the final experts"),
     )
 

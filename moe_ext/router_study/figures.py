@@ -39,8 +39,8 @@ def _usage(study: Study) -> Drawing:
     return Drawing(
         "usage",
         "Use of the experts",
-        f"The busiest expert, {expert} of layer {_labels(study)[layer]}, gets {times_LE.max():.2f} times an even share "
-        f"and the idlest {times_LE.min():.2f} times; by chance all get 1, and a shuffle of the experts' names gives "
+        f"The busiest expert, {expert} of layer {_labels(study)[layer]}, gets {times_LE.max():.2f} times an even "
+        f"share and the idlest {times_LE.min():.2f} times; by chance all get 1, and a shuffle of the experts' names gives "
         f"{(share.shuffled * E).min():.2f} to {(share.shuffled * E).max():.2f}.",
         Heat(_rows(times_LE), _numbers(E), _labels(study), "expert", "layer", "share / even share", centre=1.0),
     )
@@ -73,8 +73,8 @@ def _confidence(study: Study) -> Drawing:
     return Drawing(
         "confidence",
         "Confidence of the gates",
-        f"The first choice has a probability of {_percent(top1.value)} (by chance {_percent(top1.chance)}), all chosen "
-        f"experts together {_percent(mass.value)} (by chance {_percent(mass.chance)}), and the last one chosen leads "
+        f"The first choice has a probability of {_percent(top1.value)} (by chance {_percent(top1.chance)}), all "
+        f"chosen experts together {_percent(mass.value)} (by chance {_percent(mass.chance)}), and the last one chosen leads "
         f"the next by {_range(margin.value)} (by chance 0).",
         _by_layer(study, [("top-1", top1), ("all chosen", mass), ("margin k to k + 1", margin)], "probability"),
     )
@@ -108,8 +108,8 @@ def _domains(study: Study) -> Drawing:
     return Drawing(
         "domains",
         "Experts by domain",
-        f"Expert {expert} of layer {_labels(study)[layer]} is chosen by {rate.value[domain, layer, expert]:.0%} of the "
-        f"tokens of {domains[domain]}, where chance, the dashed line, gives {chance_L[layer]:.1%}.",
+        f"Expert {expert} of layer {_labels(study)[layer]} is chosen by {rate.value[domain, layer, expert]:.0%} of "
+        f"the tokens of {domains[domain]}, where chance, the dashed line, gives {chance_L[layer]:.1%}.",
         PerLayer(_labels(study), plots),
     )
 
@@ -234,7 +234,8 @@ def _paths(study: Study) -> Drawing:
         "paths",
         f"Paths through {length} layers",
         f"{_range(distinct.value, 0)} different paths of first choices are taken, with an entropy of "
-        f"{_range(found.value)} nats; shuffled tokens take {_range(distinct.shuffled, 0)}, with {_range(found.shuffled)}.",
+        f"{_range(found.value)} nats; shuffled tokens take {_range(distinct.shuffled, 0)}, with "
+        f"{_range(found.shuffled)}.",
         Lines(windows, _series([("measured", found)])[:1] + _series([("measured", found)])[2:], "layers", "nats"),
     )
 
@@ -268,7 +269,8 @@ def _weights(study: Study) -> list[Drawing]:
             Drawing(
                 "spectra",
                 "Spectra of the routers",
-                f"The routers' rows have an effective rank of {rank.mean:.1f} of {E}; random rows have {rank.chance:.1f}.",
+                f"The routers' rows have an effective rank of {rank.mean:.1f} of {E}; random rows have "
+                f"{rank.chance:.1f}.",
                 Lines(_numbers(longest), series, "singular value", "size / largest"),
             )
         )

@@ -220,7 +220,7 @@ def sigmoid_scores(logits_TE: Tensor) -> Tensor:
 
 
 def scoring_of(logits_TE: Tensor, weights_TK: Tensor, chosen_TK: Tensor) -> Callable[[Tensor], Tensor]:
-    """How this router turns scores into weights, from what it did: the function whose chosen entries are in proportion.
+    """How this router turns scores into weights, from what it did: the function whose chosen entries fit.
 
     Softmax where the two cannot be told apart, as with one choice a token.
     """

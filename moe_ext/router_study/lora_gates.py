@@ -1,6 +1,6 @@
 """The gates of a routed LoRA mixture (`MoELoraConfig`, `attach_router`): one for each site of its router.
 
-A gate that somebody listens to is called as a module of its own; otherwise a layer multiplies it along with its experts.
+A gate that somebody listens to is called as a module of its own; else a layer multiplies it along with its experts.
 
 Shape letters: T tokens, E experts, K choices, H width of the hidden state at a site.
 """

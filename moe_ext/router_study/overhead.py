@@ -43,7 +43,7 @@ class Overhead:
 
 
 def wide_model(seed: int = 0) -> OlmoeForCausalLM:
-    """An untrained OLMoE of width 512 with 16 experts, 4 of them a token: what it computes does not change its time."""
+    """An untrained OLMoE of width 512 with 16 experts, 4 of them a token; what it says does not change its time."""
     torch.manual_seed(seed)
     return OlmoeForCausalLM(OlmoeConfig(**WIDE)).eval()
 

@@ -18,7 +18,7 @@ def overhead(options: OverheadOptions) -> str:
         wrapper, batch_size=options.batch_size, row_tokens=options.row_tokens, rounds=options.rounds
     )
     return (
-        f"{wrapper.name}: a pass that collects takes {found.ratio:.3f} times a plain one (quartiles {found.low:.3f} to "
-        f"{found.high:.3f} of {found.rounds} rounds in turns; {found.tokens} tokens, {found.plain * 1000:.0f} and "
+        f"{wrapper.name}: a pass that collects takes {found.ratio:.3f} times a plain one (quartiles {found.low:.3f} "
+        f"to {found.high:.3f} of {found.rounds} rounds in turns; {found.tokens} tokens, {found.plain * 1000:.0f} and "
         f"{found.collecting * 1000:.0f} ms; {options.device}, {versions()})"
     )

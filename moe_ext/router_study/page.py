@@ -171,7 +171,9 @@ def _heat(plot: Heat) -> Any:
         x=list(plot.x),
         y=list(plot.y),
         colorbar={"title": {"text": plot.colour_title, "side": "right"}, "thickness": 12},
-        hovertemplate=f"{plot.y_title} %{{y}}<br>{plot.x_title} %{{x}}<br>{plot.colour_title} %{{z:.4g}}<extra></extra>",
+        hovertemplate=(
+            f"{plot.y_title} %{{y}}<br>{plot.x_title} %{{x}}<br>{plot.colour_title} %{{z:.4g}}<extra></extra>"
+        ),
         **settings,
     )
 

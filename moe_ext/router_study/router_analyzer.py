@@ -124,7 +124,7 @@ class RouterAnalyzer:
         }
 
     def compare(self) -> list[Compared]:
-        """Mean |cosine| of rows, effective rank, and smallest principal angle of neighbours, with what chance gives."""
+        """Mean |cosine| of rows, effective rank, and smallest principal angle of two layers, beside chance."""
         held, generator = list(self.extract_all_router_weights().values()), self._generator()
         shuffled = [weights.shuffled_rows(weight, generator) for weight in held]
         random = [weights.random_like(weight, generator) for weight in held]

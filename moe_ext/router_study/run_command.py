@@ -131,7 +131,8 @@ def rows_for(options: TextOptions, wrapper: MoEModelWrapper) -> dict[str, TokenR
     """
     if wrapper.context is not None and options.row_tokens > wrapper.context:
         raise ValueError(
-            f"row_tokens is {options.row_tokens}, but the model's context has {wrapper.context} tokens. Lower row_tokens."
+            f"row_tokens is {options.row_tokens}, but the model's context has {wrapper.context} tokens. "
+            "Lower row_tokens."
         )
     loader = DatasetLoader(
         wrapper.tokenizer,
