@@ -39,8 +39,8 @@ def _usage(study: Study) -> Drawing:
     return Drawing(
         "usage",
         "Use of the experts",
-        f"The busiest expert, {expert} of layer {_labels(study)[layer]}, gets {times_LE.max():.2f} times an even "
-        f"share and the idlest {times_LE.min():.2f} times; by chance all get 1, and a shuffle of the experts' names gives "
+        f"The busiest expert, {expert} of layer {_labels(study)[layer]}, gets {times_LE.max():.2f} times an "
+        f"even share and the idlest {times_LE.min():.2f} times; by chance all get 1, and a shuffle of the experts' names gives "
         f"{(share.shuffled * E).min():.2f} to {(share.shuffled * E).max():.2f}.",
         Heat(_rows(times_LE), _numbers(E), _labels(study), "expert", "layer", "share / even share", centre=1.0),
     )
@@ -73,8 +73,8 @@ def _confidence(study: Study) -> Drawing:
     return Drawing(
         "confidence",
         "Confidence of the gates",
-        f"The first choice has a probability of {_percent(top1.value)} (by chance {_percent(top1.chance)}), all "
-        f"chosen experts together {_percent(mass.value)} (by chance {_percent(mass.chance)}), and the last one chosen leads "
+        f"The first choice has a probability of {_percent(top1.value)} (by chance {_percent(top1.chance)}), "
+        f"all chosen experts together {_percent(mass.value)} (by chance {_percent(mass.chance)}), and the last one chosen leads "
         f"the next by {_range(margin.value)} (by chance 0).",
         _by_layer(study, [("top-1", top1), ("all chosen", mass), ("margin k to k + 1", margin)], "probability"),
     )
@@ -199,7 +199,14 @@ def _across(study: Study) -> Drawing:
         "Correlation across layers",
         f"An expert's choice correlates with that of its best partner in another layer by "
         f"{_range(found.value[apart])}; with each layer's tokens shuffled it is {_range(found.shuffled[apart])}.",
-        Heat(_rows(found.value), labels, labels, "partner in layer", "layer", "mean of the largest |phi|"),
+        Heat(
+            _rows(found.value.masked_fill(~apart, float("nan"))),
+            labels,
+            labels,
+            "partner in layer",
+            "layer",
+            "mean of the largest |phi|",
+        ),
     )
 
 
@@ -258,13 +265,13 @@ def _weights(study: Study) -> list[Drawing]:
         )
     if held.spectra is not None:
         rank = compared["weights.effective_rank"]
-        longest = max(len(spectrum) for spectrum in held.spectra)
+        longest = max(len(spectrum) for spectrum in held.spectra) - 1  # centred on the mean row, the last one is 0
         series = [
-            Series(f"layer {label}", (spectrum / spectrum[0]).tolist(), group=number)
+            Series(f"layer {label}", (spectrum / spectrum[0]).tolist()[:longest], group=number)
             for number, (label, spectrum) in enumerate(zip(labels, held.spectra, strict=True))
         ]
         random = held.random_spectrum / held.random_spectrum[0]
-        series.append(Series("random", random.tolist(), role="chance"))
+        series.append(Series("random", random.tolist()[:longest], role="chance"))
         drawings.append(
             Drawing(
                 "spectra",
@@ -354,14 +361,13 @@ def _series(found: list[tuple[str, Measured]]) -> list[Series]:
     """Each figure with its band, then chance and control; of several with one chance, chance is drawn once."""
     series = []
     for group, (name, measured) in enumerate(found):
-        of = "" if len(found) == 1 else f", {name}"
         series.append(
             Series(name, measured.value.tolist(), measured.low.tolist(), measured.high.tolist(), group=group)
         )
         repeated = group and torch.allclose(measured.chance, found[0][1].chance, atol=5e-3)
         if not repeated:
-            series.append(Series(f"chance{of}", measured.chance.tolist(), role="chance", group=group))
-        series.append(Series(f"shuffled{of}", measured.shuffled.tolist(), role="shuffled", group=group))
+            series.append(Series("chance", measured.chance.tolist(), role="chance", group=group))
+        series.append(Series("shuffled", measured.shuffled.tolist(), role="shuffled", group=group))
     return series
 
 

@@ -90,8 +90,8 @@ def effects_drawing(effects: list[Effect], domains: list[str], to: str) -> Drawi
         "effects",
         "What an expert is for",
         f"{where} expert {worst.expert} of layer {worst.label} the loss of {worst.domain} rises by {worst.change:.3f} "
-        f"nats [{worst.low:.3f}, {worst.high:.3f}]; as many choices taken away at random cost {worst.control:.3f}. Over "
-        f"all experts the mean is {mean:.3f}, at random {control:.3f}; an expert that does nothing gives 0.",
+        f"nats [{worst.low:.3f}, {worst.high:.3f}]; as many choices taken away at random cost {worst.control:.3f}. "
+        f"Over all experts the mean is {mean:.3f}, at random {control:.3f}; an expert that does nothing gives 0.",
         PerLayer([label for _, label in layers], plots),
     )
 

@@ -69,8 +69,8 @@ class EvolutionOptions(TextOptions):
     model: str = field(default=SMALL_MOE, metadata={"help": MODEL_HELP})
     revisions: list[str] = field(
         metadata={
-            "help": "Branches or tags of the model, folders below it, or any folders of models; the end is the last by "
-            "number."
+            "help": "Branches or tags of the model, folders below it, or any folders of models; the end is the "
+            "last by number."
         }
     )
     out: str = field(metadata={"help": "Folder of the results."})

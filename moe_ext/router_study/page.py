@@ -15,7 +15,7 @@ from typing import Any
 from moe_ext.router_study.drawings import Bars, Drawing, Flow, Heat, Lines, PerLayer, Plot, Series
 from moe_ext.router_study.extra import needs_study
 from moe_ext.router_study.passages import Passage
-from moe_ext.router_study.pictures import COLOURS, GREY
+from moe_ext.router_study.pictures import COLOURS, GREY, colour_scale
 
 TEMPLATE = "page_template.html"
 DIGITS = 4
@@ -100,7 +100,11 @@ def _traces(plot: Lines | Heat | Bars | Flow) -> list[Any]:
     from plotly import graph_objects
 
     if isinstance(plot, Lines):
-        return [trace for series in plot.series for trace in _line(plot.x, series)]
+        traces, named = [], set()
+        for series in plot.series:
+            traces += _line(plot.x, series, in_legend=series.name not in named)
+            named.add(series.name)
+        return traces
     if isinstance(plot, Heat):
         return [_heat(plot)]
     if isinstance(plot, Bars):
@@ -125,7 +129,7 @@ def _traces(plot: Lines | Heat | Bars | Flow) -> list[Any]:
     return [_flow(plot)]
 
 
-def _line(x: Sequence[str], series: Series) -> list[Any]:
+def _line(x: Sequence[str], series: Series, *, in_legend: bool) -> list[Any]:
     from plotly import graph_objects
 
     places, traces = list(x)[: len(series.y)], []
@@ -150,6 +154,7 @@ def _line(x: Sequence[str], series: Series) -> list[Any]:
             x=places,
             y=list(series.y),
             name=series.name,
+            showlegend=in_legend,
             mode="lines+markers" if measured and len(places) <= MOST_TICKS else "lines",
             line={"color": _colour(series), "dash": dash, "width": 2.5 if measured else 1.5},
         )
@@ -163,9 +168,8 @@ def _heat(plot: Heat) -> Any:
     two_sided = plot.centre is not None
     settings: dict[str, Any] = {"colorscale": HEAT_COLOURS["two-sided" if two_sided else "one-sided"]}
     if two_sided:
-        # plotly's own zmid widens both sides alike only where it may choose the limits.
-        reach = max(max(abs(number - plot.centre) for row in plot.z for number in row), 1e-9)
-        settings |= {"zmin": plot.centre - reach, "zmax": plot.centre + reach, "reversescale": True}
+        (least, most), _ = colour_scale(plot)
+        settings |= {"zmin": least, "zmax": most, "reversescale": True}
     return graph_objects.Heatmap(
         z=[list(row) for row in plot.z],
         x=list(plot.x),
@@ -230,7 +234,7 @@ def _title_axes(figure: Any, plot: Plot) -> None:
     figure.update_xaxes(title_text=plot.x_title, type="category", nticks=MOST_TICKS)
     figure.update_yaxes(title_text=plot.y_title)
     if isinstance(plot, Heat):
-        figure.update_yaxes(type="category", autorange="reversed", nticks=MOST_TICKS)
+        figure.update_yaxes(type="category", autorange="reversed", nticks=MOST_TICKS // 2)
     if isinstance(plot, Bars):
         figure.update_layout(barmode="group", bargap=0.25)
 

@@ -37,7 +37,7 @@ def passages_of(activations: Activations, tokenizer) -> list[Passage]:
         passages.append(
             Passage(
                 domain,
-                [tokenizer.decode([token]) for token in sample.ids_RS[row, real].tolist()],
+                [_shown(tokenizer.decode([token])) for token in sample.ids_RS[row, real].tolist()],
                 activations.gates.labels,
                 [
                     [[expert for expert in chosen if expert < E] for chosen in of_tokens]
@@ -46,3 +46,8 @@ def passages_of(activations: Activations, tokenizer) -> list[Passage]:
             )
         )
     return passages
+
+
+def _shown(token: str) -> str:
+    """A token may hold a part of a character, which no font has."""
+    return token.replace("\N{REPLACEMENT CHARACTER}", "\N{MIDDLE DOT}")

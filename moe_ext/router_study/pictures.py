@@ -1,5 +1,6 @@
 """The plots as PNG files, drawn by matplotlib; no browser is needed."""
 
+import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,7 +67,8 @@ def _draw(axes: "Axes", drawing: Drawing) -> None:
     if isinstance(plot, PerLayer):
         middle = len(plot.layers) // 2
         title, plot = f"{title}, layer {plot.layers[middle]}", plot.plots[middle]
-    axes.set_title(title, fontsize=10, loc="left", fontweight="bold")
+    legend = isinstance(plot, Lines | Bars)
+    axes.set_title(title, fontsize=10, loc="left", fontweight="bold", pad=20 if legend else 6)
     if isinstance(plot, Lines):
         _draw_lines(axes, plot)
     elif isinstance(plot, Heat):
@@ -91,7 +93,7 @@ def _draw_lines(axes: "Axes", plot: Lines) -> None:
     axes.grid(axis="y", color="#e6e6e6")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    axes.legend(fontsize=7, frameon=False, ncols=2 if len(plot.series) > 5 else 1)
+    _add_legend(axes)
 
 
 def _draw_heat(axes: "Axes", plot: Heat) -> None:
@@ -106,11 +108,14 @@ def _draw_heat(axes: "Axes", plot: Heat) -> None:
 
 
 def colour_scale(plot: Heat) -> tuple[tuple[float, float], str]:
-    """Limits of the colours, and matplotlib's name for them: two-sided around the centre, or one-sided."""
-    numbers = [number for row in plot.z for number in row]
+    """Limits of the colours, and matplotlib's name for them: two-sided around the centre, or one-sided.
+
+    NaN, an empty cell, is left out.
+    """
+    numbers = [number for row in plot.z for number in row if math.isfinite(number)]
     if plot.centre is None:
         return (min(numbers), max(numbers)), "viridis"
-    reach = max(max(abs(number - plot.centre) for number in numbers), 1e-9)
+    reach = max([abs(number - plot.centre) for number in numbers] + [1e-9])
     return (plot.centre - reach, plot.centre + reach), "RdBu_r"
 
 
@@ -138,8 +143,7 @@ def _draw_bars(axes: "Axes", plot: Bars) -> None:
     axes.set(xlabel=plot.x_title, ylabel=plot.y_title)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    axes.margins(y=0.2)
-    axes.legend(fontsize=7, frameon=False, ncols=4, loc="upper left")
+    _add_legend(axes)
 
 
 def _draw_flow(axes: "Axes", plot: Flow) -> None:
@@ -156,6 +160,22 @@ def _draw_flow(axes: "Axes", plot: Flow) -> None:
     axes.set(xlabel="layer", ylabel="expert")
     for side in axes.spines.values():
         side.set_visible(False)
+
+
+def _add_legend(axes: "Axes") -> None:
+    """Above the plot, each name once."""
+    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    axes.legend(
+        handles.values(),
+        handles.keys(),
+        loc="lower left",
+        bbox_to_anchor=(-0.02, 0.98),
+        fontsize=7,
+        frameon=False,
+        ncols=6,
+        columnspacing=1.0,
+        handlelength=1.6,
+    )
 
 
 def _style(series: Series, *, dots: bool) -> dict:

@@ -150,7 +150,12 @@ def about(model: str, tokens: Mapping[str, int], options: TextOptions) -> dict[s
 
 
 def versions() -> str:
-    return f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} threads"
+    return f"torch {torch.__version__}, transformers {transformers.__version__}, {_threads()}"
+
+
+def _threads() -> str:
+    count = torch.get_num_threads()
+    return f"{count} thread{'s' if count > 1 else ''}"
 
 
 def work_folder(out: Path) -> Path:
