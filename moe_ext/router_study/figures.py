@@ -40,8 +40,8 @@ def _usage(study: Study) -> Drawing:
         "usage",
         "Use of the experts",
         f"The busiest expert, {expert} of layer {_labels(study)[layer]}, gets {times_LE.max():.2f} times an "
-        f"even share and the idlest {times_LE.min():.2f} times; by chance all get 1, and a shuffle of the experts' names gives "
-        f"{(share.shuffled * E).min():.2f} to {(share.shuffled * E).max():.2f}.",
+        f"even share and the idlest {times_LE.min():.2f} times; by chance all get 1, and a shuffle of the experts' "
+        f"names gives {(share.shuffled * E).min():.2f} to {(share.shuffled * E).max():.2f}.",
         Heat(_rows(times_LE), _numbers(E), _labels(study), "expert", "layer", "share / even share", centre=1.0),
     )
 
@@ -74,8 +74,8 @@ def _confidence(study: Study) -> Drawing:
         "confidence",
         "Confidence of the gates",
         f"The first choice has a probability of {_percent(top1.value)} (by chance {_percent(top1.chance)}), "
-        f"all chosen experts together {_percent(mass.value)} (by chance {_percent(mass.chance)}), and the last one chosen leads "
-        f"the next by {_range(margin.value)} (by chance 0).",
+        f"all chosen experts together {_percent(mass.value)} (by chance {_percent(mass.chance)}), and the last one "
+        f"chosen leads the next by {_range(margin.value)} (by chance 0).",
         _by_layer(study, [("top-1", top1), ("all chosen", mass), ("margin k to k + 1", margin)], "probability"),
     )
 
