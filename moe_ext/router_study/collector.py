@@ -29,7 +29,7 @@ from moe_ext.router_study.gates import Gates, Routing
 from moe_ext.router_study.metrics.coactivation import correlation_of_masks
 from moe_ext.router_study.sample import Sample
 from moe_ext.router_study.totals import totals_of
-from moe_ext.router_study.vocabulary_counts import VocabularyCounts
+from moe_ext.router_study.vocabulary_counts import VocabularyCounts, predictions
 from moe_ext.router_study.wrapper import MoEModelWrapper
 
 logger = logging.getLogger(__name__)
@@ -189,7 +189,7 @@ class _Run:
         device = self.wrapper.device
         ids_BS, mask_BS = ids_BS.to(device), mask_BS.to(device)
         logits_BSV, routing = self.wrapper.run(ids_BS, mask_BS)
-        predicted_BS = logits_BSV.argmax(dim=-1)
+        predicted_BS = predictions(logits_BSV)
         part_B = domain * self.num_groups + (start + torch.arange(len(ids_BS), device=device)) % self.num_groups
         self.counts.add(routing, mask_BS, part_B)
         self.vocabulary.add(routing.first_LT, ids_BS, predicted_BS, mask_BS)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moe_ext.router_study.gates import Routing
 
+SMALLEST = 1e-38  # a normal float32 number; its logarithm is finite
 CONFIDENCES = ("entropy", "top1", "mass", "margin")
 
 
@@ -27,8 +28,8 @@ class Counts:
         first_ULE: tokens whose first choice it was.
         probability_ULE: sum of its probability.
         together_UMM: tokens that chose both (gate, expert) and (gate', expert').
-        confidence_UL4: sums of entropy (nats), largest probability, probability of all that is chosen, and the step
-            from rank K to K + 1.
+        confidence_UL4: sums of `confidences`: entropy (nats), largest probability, probability of all that is
+            chosen, and margin.
         neighbours_U: pairs of tokens that follow each other in a row.
         repeats_UL2: pairs with the same first choice, and pairs that share any choice.
         next_in_rank_ULEE: tokens that chose e and e' one rank after the other, in either order; empty unless asked
@@ -96,9 +97,9 @@ class Counts:
 
         first_LBS = routing.first_LT.view(L, B, S)
         places_LBS = (part_B[None, :, None] * L + torch.arange(L, device=part_B.device)[:, None, None]) * E + first_LBS
-        self.first_ULE += torch.bincount(places_LBS[:, mask_BS].flatten(), minlength=self.first_ULE.numel()).view_as(
-            self.first_ULE
-        )
+        self.first_ULE += torch.bincount(
+            of_tokens(places_LBS, mask_BS).flatten(), minlength=self.first_ULE.numel()
+        ).view_as(self.first_ULE)
 
         probability_LBSE = routing.probabilities_LTE.view(L, B, S, E)
         self.probability_ULE.index_add_(0, part_B, torch.einsum("lbse,bs->ble", probability_LBSE, real_BS).double())
@@ -139,16 +140,25 @@ class Counts:
 def confidences(routing: Routing) -> Tensor:
     """Entropy, top-1 probability, mass of the chosen and margin of each token, [L, T, 4]; see `CONFIDENCES`.
 
-    The margin is the step from rank K to rank K + 1 of the probabilities; 0 where K is E.
+    The margin is the probability of the last expert chosen less that of the best one not chosen: the step from rank K
+    to K + 1 where the choice is by probability; 0 where all experts are chosen.
     """
-    p_LTE = routing.probabilities_LTE
-    num_experts, num_chosen = p_LTE.shape[-1], routing.chosen_LTK.shape[-1]
-    ranked = p_LTE.topk(min(num_chosen + 1, num_experts), dim=-1).values
-    if num_chosen < num_experts:
-        margin_LT = ranked[..., num_chosen - 1] - ranked[..., num_chosen]
-    else:
-        margin_LT = torch.zeros_like(ranked[..., 0])
+    p_LTE, chosen_LTK = routing.probabilities_LTE, routing.chosen_LTK
+    num_experts, num_chosen = p_LTE.shape[-1], chosen_LTK.shape[-1]
     # One entry more, of probability 0, for places that hold no expert.
-    mass_LT = torch.nn.functional.pad(p_LTE, (0, 1)).gather(-1, routing.chosen_LTK).sum(dim=-1)
-    entropy_LT = torch.special.entr(p_LTE).sum(dim=-1)
-    return torch.stack([entropy_LT, ranked[..., 0], mass_LT, margin_LT], dim=-1)
+    padded_LTE = torch.nn.functional.pad(p_LTE, (0, 1))
+    taken_LTK = padded_LTE.gather(-1, chosen_LTK)
+    last_LT = taken_LTK.masked_fill(chosen_LTK == num_experts, float("inf")).amin(dim=-1)
+    margin_LT = last_LT - padded_LTE.scatter(-1, chosen_LTK, 0.0)[..., :num_experts].amax(dim=-1)
+    if num_chosen == num_experts:
+        margin_LT = margin_LT.masked_fill((chosen_LTK < num_experts).all(dim=-1), 0.0)
+    # Not torch.special.entr: its kernel takes several times as long.
+    entropy_LT = -(p_LTE * p_LTE.clamp_min(SMALLEST).log()).sum(dim=-1)
+    return torch.stack([entropy_LT, p_LTE.amax(dim=-1), taken_LTK.sum(dim=-1), margin_LT], dim=-1)
+
+
+def of_tokens(values_xBS: Tensor, mask_BS: Tensor) -> Tensor:
+    """The entries of tokens, [..., N], padding left out."""
+    if bool(mask_BS.all()):
+        return values_xBS.flatten(-2)  # a look-up by mask would copy number by number
+    return values_xBS[..., mask_BS]

@@ -185,9 +185,10 @@ class FusedGates(Gates):
         logits_LTE = logits_LTE.float()
         if self._score is None:
             self._score = scoring_of(logits_LTE[0], weights_LTK[0], chosen_LTK[0])
-        # DeepSeek leaves its choices unsorted.
-        order_LTK = weights_LTK.argsort(dim=-1, descending=True, stable=True)
-        return Routing(logits_LTE, self._score(logits_LTE), chosen_LTK.gather(-1, order_LTK))
+        if bool((weights_LTK[..., :-1] < weights_LTK[..., 1:]).any()):  # DeepSeek leaves its choices unsorted
+            order_LTK = weights_LTK.argsort(dim=-1, descending=True, stable=True)
+            chosen_LTK = chosen_LTK.gather(-1, order_LTK)
+        return Routing(logits_LTE, self._score(logits_LTE), chosen_LTK)
 
     def decide(self, logits_LTE: Tensor) -> Routing:
         probabilities_LTE = (self._score or softmax_scores)(logits_LTE)

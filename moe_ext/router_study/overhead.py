@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from moe_ext.router_study.counts import Counts
-from moe_ext.router_study.vocabulary_counts import VocabularyCounts
+from moe_ext.router_study.vocabulary_counts import VocabularyCounts, predictions
 from moe_ext.router_study.wrapper import MoEModelWrapper
 
 WIDE = {
@@ -72,7 +72,7 @@ def measure_overhead(wrapper: MoEModelWrapper, *, batch_size: int, row_tokens: i
     def collecting() -> None:
         logits_BSV, routing = wrapper.run(ids_BS, mask_BS)
         counts.add(routing, mask_BS, part_B)
-        vocabulary.add(routing.first_LT, ids_BS, logits_BSV.argmax(dim=-1), mask_BS)
+        vocabulary.add(routing.first_LT, ids_BS, predictions(logits_BSV), mask_BS)
 
     seconds: dict[Callable[[], None], list[float]] = {plain: [], collecting: []}
     for number in tqdm(range(rounds + 1), desc="rounds", unit="round"):

@@ -6,6 +6,8 @@ Shape letters: L gates, V vocabulary, E experts, B rows, S tokens of a row.
 import torch
 from torch import Tensor
 
+from moe_ext.router_study.counts import of_tokens
+
 KINDS = ("input", "next", "predicted")
 
 
@@ -43,7 +45,7 @@ class VocabularyCounts:
         for kind, (tokens_BS, counted_BS) in enumerate(
             ((ids_BS, mask_BS), (next_BS, has_next_BS), (predicted_BS, mask_BS))
         ):
-            self._add(self.table_3LVE[kind], first_LBS[:, counted_BS], tokens_BS[counted_BS])
+            self._add(self.table_3LVE[kind], of_tokens(first_LBS, counted_BS), of_tokens(tokens_BS, counted_BS))
 
     @staticmethod
     def _add(table_LVE: Tensor, first_LN: Tensor, tokens_N: Tensor) -> None:
@@ -51,3 +53,10 @@ class VocabularyCounts:
         starts_L = torch.arange(L, device=tokens_N.device)[:, None] * V
         cells = ((starts_L + tokens_N) * E + first_LN).flatten()
         table_LVE.view(-1).index_add_(0, cells, torch.ones_like(cells, dtype=torch.int32))
+
+
+def predictions(logits_BSV: Tensor) -> Tensor:
+    """The most likely token ids, [B, S]."""
+    if logits_BSV.device.type == "cpu" and logits_BSV.dtype == torch.float32:
+        return torch.from_numpy(logits_BSV.numpy().argmax(axis=-1))  # a fifth of the time of torch's kernel
+    return logits_BSV.argmax(dim=-1)

@@ -36,7 +36,7 @@ def mass(totals: Totals) -> Tensor:
 
 
 def margin(totals: Totals) -> Tensor:
-    """p_k - p_(k+1), [L]: how far the choice is from another one. By chance 0."""
+    """p_k - p_(k+1), [L]: the last expert chosen less the best one not chosen. By chance 0."""
     return _mean(totals, 3)
 
 

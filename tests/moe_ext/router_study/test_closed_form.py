@@ -35,7 +35,7 @@ def by_domain():
 
 @pytest.fixture(scope="module")
 def by_token():
-    """Token x chooses the experts x and x + 1 of eight, at every gate; ids come in turn and in blocks of 16 of a kind."""
+    """Token x chooses the experts x and x + 1 of eight, at every gate; ids come in blocks of 16 of a kind."""
     ids_DRS = (torch.arange(2 * R * S) // 16 % E).view(2, R, S)
     chosen = torch.stack([ids_DRS, (ids_DRS + 1) % E], dim=-1)[:, None].expand(2, L, R, S, K)
     return activations_of(sure_of(chosen, E), K, ids_DRS=ids_DRS)

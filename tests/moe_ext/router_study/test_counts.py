@@ -48,7 +48,8 @@ def one_token_at_a_time(routing, mask, part, ids, predicted):
                 entropy = float(-(p * p.log()).sum())
                 mass = sum(float(p[expert]) for expert in sets[gate])
                 counts.confidence_UL4[u, gate] += torch.tensor(
-                    [entropy, ranked[0], mass, ranked[K - 1] - ranked[K]], dtype=torch.float64
+                    [entropy, ranked[0], mass, ranked[len(sets[gate]) - 1] - ranked[len(sets[gate])]],
+                    dtype=torch.float64,
                 )
                 for expert in sets[gate]:
                     counts.chosen_ULE[u, gate, expert] += 1
