@@ -62,8 +62,8 @@ def _entropy(study: Study) -> Drawing:
     return Drawing(
         "entropy",
         "Entropy of a token's scores",
-        f"A token's probabilities have {_percent(found.value)} of the largest entropy; a gate without preference has "
-        f"100 %, and scores that do not belong together have {_percent(found.shuffled)}.",
+        f"The entropy of a token's probabilities is {_percent(found.value)} of the largest; by chance, of a gate "
+        f"without preference, it is 100 %, and of shuffled scores {_percent(found.shuffled)}.",
         _by_layer(study, [("measured", found)], "entropy / log E"),
     )
 

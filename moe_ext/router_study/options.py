@@ -18,6 +18,18 @@ def _default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def at_least(options: object, **least: int) -> None:
+    """Refuse a number that is too small.
+
+    Raises:
+        ValueError: it names the option, its value and the least it may be.
+    """
+    for name, bound in least.items():
+        value = getattr(options, name)
+        if value < bound:
+            raise ValueError(f"{name} is {value}, but must be at least {bound}.")
+
+
 @dataclass(kw_only=True)
 class TextOptions:
     """Of every command that reads text."""
@@ -38,6 +50,9 @@ class TextOptions:
     )
     device: str = field(default_factory=_default_device, metadata={"help": "Where to compute."})
     seed: int = field(default=0, metadata={"help": "Of the order of documents, shuffles and bootstraps."})
+
+    def __post_init__(self):
+        at_least(self, batch_size=1, row_tokens=2, max_tokens=self.row_tokens)
 
 
 @dataclass(kw_only=True)
@@ -60,6 +75,10 @@ class RunOptions(TextOptions):
     counts_mb: int = field(default=4096, metadata={"help": "MiB that the counts may take."})
     sample_mb: int = field(default=256, metadata={"help": "MiB of scores to keep for shuffled controls."})
     report_to: ReportTo = field(default="none", metadata={"help": "Log the figures as well."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least(self, replicates=2, least_seen=1, counts_mb=1, sample_mb=1)
 
 
 @dataclass(kw_only=True)
@@ -120,3 +139,6 @@ class OverheadOptions:
     row_tokens: int = field(default=256, metadata={"help": "Tokens of a row."})
     rounds: int = field(default=30, metadata={"help": "Pairs of passes."})
     device: str = field(default_factory=_default_device, metadata={"help": "Where to compute."})
+
+    def __post_init__(self):
+        at_least(self, batch_size=1, row_tokens=2, rounds=1)

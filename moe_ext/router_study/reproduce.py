@@ -96,7 +96,7 @@ def checks_of(study: Study, found: list[Saturation]) -> list[Check]:
         checks.append(
             Check(
                 f"top-{gates.num_chosen} saturation at {percent} % of training",
-                f"about {value:.0%} (chance 12.5 %)",
+                f"about {value:.0%} (chance 12.5%)",
                 f"{mean:.1%} at {one.revision} (chance {one.chance:.1%})" if one else "no such revision",
                 abs(mean - value) <= NEAR if one else None,
             )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 
-from foundation.whole_files import whole_folder, write_json
+from foundation.whole_files import whole_folder, write_json, write_text
 from moe_ext.router_study.collector import ActivationCollector, forget
 from moe_ext.router_study.data import DatasetLoader, TokenRows, parse_sources
 from moe_ext.router_study.drawings import Drawing
@@ -27,7 +27,7 @@ from moe_ext.router_study.wrapper import MoEModelWrapper
 
 logger = logging.getLogger(__name__)
 
-PAGE, RESULTS, PICTURES, LOGITS = "report.html", "study.json", "pictures", "logits"
+PAGE, RESULTS, FINDINGS, PICTURES, LOGITS = "report.html", "study.json", "findings.md", "pictures", "logits"
 
 
 def run(options: RunOptions) -> str:
@@ -105,9 +105,11 @@ def write_study(study: Study, folder: Path, options: RunOptions) -> None:
         f"{options.seed}",
         "made with": versions(),
     }
+    title = f"What the routers of {study.model} do"
+    write_text(folder / FINDINGS, as_list(title, described, drawings))
     write_drawn(
         folder,
-        f"What the routers of {study.model} do",
+        title,
         described,
         drawings,
         passages=passages_of(activations, study.tokenizer),
@@ -121,6 +123,13 @@ def write_drawn(folder: Path, title: str, described: Mapping[str, str], drawings
     (folder / PAGE).write_text(report_page(title, described, drawings, **held), encoding="utf-8")
     (folder / PICTURES).mkdir()
     write_pictures(drawings, folder / PICTURES)
+
+
+def as_list(title: str, described: Mapping[str, str], drawings: list[Drawing]) -> str:
+    """What every plot shows, as Markdown."""
+    facts = [f"- {name}: {value}" for name, value in described.items()]
+    found = [f"- **{drawing.title}.** {drawing.sentence}" for drawing in drawings]
+    return "\n".join([f"# {title}", "", *facts, "", *found, ""])
 
 
 def rows_for(options: TextOptions, wrapper: MoEModelWrapper) -> dict[str, TokenRows]:
