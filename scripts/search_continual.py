@@ -24,6 +24,7 @@ from dylo_moe.model import DyLoRA_MoE
 from dylo_moe.router_replay import RouterReplay, refit_router
 from foundation.allocator import keep_freed_memory
 from foundation.base_model import load_base_model
+from foundation.bracketing import bracket, lowest
 from foundation.options import OptionParser
 from foundation.perplexity import measure_blocks
 from foundation.whole_files import write_text
@@ -63,12 +64,12 @@ def search(config: ContinualConfig) -> dict[tuple[str, str], dict[float, Nll]]:
         return {skill: measure_blocks(model, text.measured).mean_nll for skill, text in texts.items()}
 
     measured = {}
-    rates = bracket(lambda rate: mixture(rate)["mean_nll"]["mixture"][-1], FIRST_RATE, "mixture, learning rate")
+    rates = searched(lambda rate: mixture(rate)["mean_nll"]["mixture"][-1], FIRST_RATE, "mixture, learning rate")
     measured["mixture", "learning_rate"] = rates
     texts = read_texts(config, load_base_model(config.model_name)[1])
-    best = output / f"mixture-{lowest(rates):g}" / "mixture" / f"{len(config.continual):02d}"
-    measured["mixture", "router_weight_decay"] = bracket(refitted, FIRST_DECAY, "mixture, router weight decay")
-    size = mixture(lowest(rates))["trained_parameters"]["mixture"]
+    best = output / f"mixture-{lowest(rates, mean_perplexity):g}" / "mixture" / f"{len(config.continual):02d}"
+    measured["mixture", "router_weight_decay"] = searched(refitted, FIRST_DECAY, "mixture, router weight decay")
+    size = mixture(lowest(rates, mean_perplexity))["trained_parameters"]["mixture"]
 
     in_the_end = {}
 
@@ -83,39 +84,21 @@ def search(config: ContinualConfig) -> dict[tuple[str, str], dict[float, Nll]]:
         settings = replace(config, joint_learning_rate=rate)
         return train_joint(settings, output / f"joint-{rate:g}", texts=texts, num_parameters=size)["mean_nll"]
 
-    measured["sequential", "sequential_learning_rate"] = bracket(in_sequence, FIRST_RATE, "in sequence, rate")
+    measured["sequential", "sequential_learning_rate"] = searched(in_sequence, FIRST_RATE, "in sequence, rate")
     measured["sequential", IN_THE_END] = dict(sorted(in_the_end.items()))
-    measured["joint", "joint_learning_rate"] = bracket(on_all, FIRST_RATE, "all at once, rate")
+    measured["joint", "joint_learning_rate"] = searched(on_all, FIRST_RATE, "all at once, rate")
     return measured
 
 
-def bracket(measure: Callable[[float], Nll], first: float, name: str) -> dict[float, Nll]:
-    """Double and halve a setting until the best value has a worse neighbour on either side.
+def searched(measure: Callable[[float], Nll], first: float, name: str) -> dict[float, Nll]:
+    """`bracket` by the mean perplexity, with a line in the log for each value of the setting of this name."""
 
-    Args:
-        measure: what a value comes to.
-        first: the value to begin with.
-        name: of the setting, for the log.
+    def logged(value: float) -> Nll:
+        nll = measure(value)
+        logger.info("%s %g: mean validation perplexity %.2f", name, value, mean_perplexity(nll))
+        return nll
 
-    Returns:
-        All that was measured, by value, in rising order.
-    """
-    measured: dict[float, Nll] = {}
-
-    def add(value: float) -> None:
-        measured[value] = measure(value)
-        logger.info("%s %g: mean validation perplexity %.2f", name, value, mean_perplexity(measured[value]))
-
-    add(first)
-    add(first / 2)
-    while (best := lowest(measured)) in (min(measured), max(measured)):
-        add(best / 2 if best == min(measured) else best * 2)
-    return dict(sorted(measured.items()))
-
-
-def lowest(measured: dict[float, Nll]) -> float:
-    """The value with the lowest mean perplexity."""
-    return min(measured, key=lambda value: mean_perplexity(measured[value]))
+    return bracket(logged, first, score=mean_perplexity)
 
 
 def as_text(measured: dict[tuple[str, str], dict[float, Nll]]) -> str:
@@ -128,7 +111,11 @@ def as_text(measured: dict[tuple[str, str], dict[float, Nll]]) -> str:
         for value, nll in by_value.items():
             cells = [NAMES[system], option, f"{value:g}", *(f"{math.exp(nll[skill]):.2f}" for skill in skills)]
             lines.append(f"| {' | '.join(cells)} | {mean_perplexity(nll):.2f} |")
-    best = [f"--{option} {lowest(by_value):g}" for (_, option), by_value in measured.items() if option != IN_THE_END]
+    best = [
+        f"--{option} {lowest(by_value, mean_perplexity):g}"
+        for (_, option), by_value in measured.items()
+        if option != IN_THE_END
+    ]
     return "\n".join([*lines, "", f"best: {' '.join(best)}"]) + "\n"
 
 

@@ -14,6 +14,7 @@ import math
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +43,9 @@ ALLOCATED_FORMATS = ("MXFP8", "MXFP4", "INT4", "INT3", "INT2")
 
 
 @dataclass(kw_only=True)
-class RunOptions(CalibrationConfig, FinetuneConfig):
+class StudyOptions(CalibrationConfig, FinetuneConfig):
     model: str = field(default=SMALL_MOE, metadata={"help": MODEL_HELP})
     output: str = field(default="runs/router_ft", metadata={"help": "Folder of the results and the table."})
-    plans: str = field(
-        default="INT4,INT3,INT2,lower_alpha@2.625",
-        metadata={"help": "Plans that are compared in full, comma separated: a format, or SENSITIVITY@BITS."},
-    )
-    allocations: str = field(
-        default="", metadata={"help": "Further plans, of which only the quantised model is measured."}
-    )
     split: str = field(default="test", metadata={"help": "Split of the held-out text."})
     max_blocks: int = field(default=64, metadata={"help": "Held-out blocks of each source."})
     device: str = field(default_factory=default_device, metadata={"help": "Where to compute."})
@@ -59,12 +53,26 @@ class RunOptions(CalibrationConfig, FinetuneConfig):
     def __post_init__(self):
         CalibrationConfig.__post_init__(self)
         FinetuneConfig.__post_init__(self)
-        for spec in [*self.names(self.plans), *self.names(self.allocations)]:
-            parse_plan(spec)
 
     @staticmethod
     def names(text: str) -> list[str]:
         return [name.strip() for name in text.split(",") if name.strip()]
+
+
+@dataclass(kw_only=True)
+class RunOptions(StudyOptions):
+    plans: str = field(
+        default="INT4,INT3,INT2,lower_alpha@2.625",
+        metadata={"help": "Plans that are compared in full, comma separated: a format, or SENSITIVITY@BITS."},
+    )
+    allocations: str = field(
+        default="", metadata={"help": "Further plans, of which only the quantised model is measured."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        for spec in [*self.names(self.plans), *self.names(self.allocations)]:
+            parse_plan(spec)
 
 
 def parse_plan(spec: str) -> tuple[str, float | None, int]:
@@ -88,6 +96,17 @@ def parse_plan(spec: str) -> tuple[str, float | None, int]:
 
 def run(options: RunOptions) -> str:
     """Measure every plan and write the table."""
+    study = prepare(options)
+    full, control = study.full, study.control
+    rows = [study.row(spec) for spec in options.names(options.plans)]
+    allocations = [study.allocation_row(spec) for spec in options.names(options.allocations)]
+    text = as_table(full, control, rows, allocations)
+    write_text(Path(options.output) / TABLE, text)
+    return f"{text}\nwritten to {Path(options.output) / TABLE}"
+
+
+def prepare(options: StudyOptions) -> "Study":
+    """Read the model and the text of a study."""
     model, tokenizer = load_moe(options.model)
     length = block_length(options, context_of(model))
     blocks_NL = text_blocks(
@@ -96,13 +115,7 @@ def run(options: RunOptions) -> str:
     held_out = HeldOut.read(
         options.sources, options.split, tokenizer, block_size=length, max_blocks=options.max_blocks
     )
-    study = Study(options, model.to(options.device), blocks_NL, held_out)
-    full, control = study.full, study.control
-    rows = [study.row(spec) for spec in options.names(options.plans)]
-    allocations = [study.allocation_row(spec) for spec in options.names(options.allocations)]
-    text = as_table(full, control, rows, allocations)
-    write_text(Path(options.output) / TABLE, text)
-    return f"{text}\nwritten to {Path(options.output) / TABLE}"
+    return Study(options, model.to(options.device), blocks_NL, held_out)
 
 
 class Study:
@@ -115,11 +128,19 @@ class Study:
         held_out: text that the table is measured on.
     """
 
-    def __init__(self, options: RunOptions, model: PreTrainedModel, blocks_NL: Tensor, held_out: HeldOut):
+    def __init__(self, options: StudyOptions, model: PreTrainedModel, blocks_NL: Tensor, held_out: HeldOut):
         self.options, self.model, self.blocks_NL, self.held_out = options, model, blocks_NL, held_out
         self.folder = Path(options.output) / RESULTS
         self.matrices: list[Matrix] = find_matrices(model)
-        self.alphas = {row.layer_name: row.alpha_hill for row in alpha_table(model, self.matrices)}
+        self._last: tuple[Plan, PreTrainedModel] | None = None
+
+    @cached_property
+    def alphas(self) -> dict[str, float]:
+        return {row.layer_name: row.alpha_hill for row in alpha_table(self.model, self.matrices)}
+
+    def with_options(self, options: StudyOptions) -> "Study":
+        """The same model and text with another finetuning, another folder, or both."""
+        return Study(options, self.model, self.blocks_NL, self.held_out)
 
     @property
     def full(self) -> dict[str, np.ndarray]:
@@ -128,7 +149,7 @@ class Study:
     @property
     def control(self) -> dict[str, np.ndarray]:
         # Next-token training whatever the objective: against its own outputs the full model has nothing to learn.
-        return self.measure("control", lambda: self.finetuned(copy.deepcopy(self.model), objective="ce"))
+        return self.measure("control", lambda: self.finetuned(self.model, objective="ce"))
 
     def plan(self, spec: str) -> Plan:
         sensitivity, bits, seed = parse_plan(spec)
@@ -149,7 +170,15 @@ class Study:
         quantize_model(model, plan, self.blocks_NL, method=method)
         return model
 
+    def by_gptq(self, plan: Plan) -> PreTrainedModel:
+        """Quantised by GPTQ; the last one is kept, because several measurements want it."""
+        if self._last is None or self._last[0] != plan:
+            self._last = plan, self.quantized(plan, "gptq")
+        return self._last[1]
+
     def finetuned(self, model: PreTrainedModel, *, objective: str | None = None) -> PreTrainedModel:
+        """A copy of a model, with finetuned routers."""
+        model = copy.deepcopy(model)
         config = FinetuneConfig(
             **{name: getattr(self.options, name) for name in FinetuneConfig.__dataclass_fields__}
             | ({"objective": objective} if objective else {})
@@ -177,16 +206,9 @@ class Study:
     def row(self, spec: str) -> dict[str, Any]:
         """One line of the table."""
         plan = self.plan(spec)
-        quantized: list[PreTrainedModel] = []  # made once for two measurements, and not at all where both are kept
-
-        def by_gptq() -> PreTrainedModel:
-            if not quantized:
-                quantized.append(self.quantized(plan, "gptq"))
-            return quantized[0]
-
         rounded = self.measure(f"{spec}.round", lambda: self.quantized(plan, "round"))
-        gptq = self.measure(f"{spec}.gptq", by_gptq)
-        finetuned = self.measure(f"{spec}.{self.options.objective}", lambda: self.finetuned(by_gptq()))
+        gptq = self.measure(f"{spec}.gptq", lambda: self.by_gptq(plan))
+        finetuned = self.measure(f"{spec}.{self.options.objective}", lambda: self.finetuned(self.by_gptq(plan)))
         recovery = measure_recovery(self.full, gptq, finetuned, self.control)
         return {
             "plan": spec,
@@ -200,7 +222,7 @@ class Study:
     def allocation_row(self, spec: str) -> dict[str, Any]:
         """A plan's bits and the loss of the quantised model."""
         plan = self.plan(spec)
-        losses = self.measure(f"{spec}.gptq", lambda: self.quantized(plan, "gptq"))
+        losses = self.measure(f"{spec}.gptq", lambda: self.by_gptq(plan))
         return {"plan": spec, "bits": plan.bits_per_weight, "gptq": mean_loss(losses)}
 
     def _fingerprint(self) -> dict[str, Any]:

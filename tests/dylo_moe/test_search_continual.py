@@ -2,34 +2,15 @@
 
 import importlib.util
 import json
-import math
 import random
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "search_continual.py"
 spec = importlib.util.spec_from_file_location("search_continual", SCRIPT)
 search_continual = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(search_continual)
-
-
-@given(first=st.floats(1e-4, 1.0), best=st.floats(1e-6, 100.0))
-def test_the_best_has_a_worse_neighbour_on_either_side_and_nothing_is_measured_twice(first, best):
-    asked = []
-
-    def measure(value):
-        asked.append(value)
-        return {"skill": abs(math.log(value / best))}
-
-    measured = search_continual.bracket(measure, first, "anything")
-    assert len(asked) == len(set(asked)) == len(measured)
-    values = list(measured)
-    assert values == sorted(asked)
-    assert 0 < values.index(search_continual.lowest(measured)) < len(values) - 1
-    assert abs(math.log2(search_continual.lowest(measured) / best)) <= 0.5 + 1e-9
 
 
 @pytest.fixture(scope="module")

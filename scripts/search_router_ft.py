@@ -1,0 +1,108 @@
+"""Choose objective and rate of `python -m moe_ext.router_ft run` on validation text.
+
+    python scripts/search_router_ft.py --plan INT2 --output runs/router_ft_search
+
+Every objective gets its own rate: from `--lr` on, it is tripled and divided by three until the best one has a worse
+neighbour on either side. They are judged by the loss of validation text; no test text is read. What is on disk is not
+measured again: a search that was interrupted goes on when it is started again with the same options.
+
+Beside each stands what the same finetuning on the next token gains on the unquantised model: that part is no repair.
+"""
+
+import logging
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import get_args
+
+from foundation.allocator import keep_freed_memory
+from foundation.bracketing import bracket, lowest
+from foundation.options import OptionParser
+from foundation.whole_files import write_text
+from moe_ext.router_ft.evaluate import mean_loss
+from moe_ext.router_ft.objectives import ObjectiveName
+from moe_ext.router_ft.run import Study, StudyOptions, parse_plan, prepare
+
+logger = logging.getLogger("search_router_ft")
+
+OBJECTIVES = get_args(ObjectiveName)
+FACTOR = 3.0
+TABLE = "search.md"
+
+
+@dataclass(kw_only=True)
+class SearchOptions(StudyOptions):
+    plan: str = field(default="INT2", metadata={"help": "The plan that is searched: a format, or SENSITIVITY@BITS."})
+    objectives: str = field(default=",".join(OBJECTIVES), metadata={"help": "Objectives to try, comma separated."})
+    output: str = field(default="runs/router_ft_search", metadata={"help": "Folder of the results and the table."})
+    split: str = field(default="validation", metadata={"help": "Split of the text that they are judged by."})
+    lr: float = field(default=3e-3, metadata={"help": "Rate that is tried first; those around it follow."})
+    objective: ObjectiveName = field(default="ce", init=False)  # each of `objectives` in its turn
+
+    def __post_init__(self):
+        super().__post_init__()
+        parse_plan(self.plan)
+        for name in self.names(self.objectives):
+            if name not in OBJECTIVES:
+                raise ValueError(f"There is no objective '{name}'. There are: {', '.join(OBJECTIVES)}.")
+
+
+def search(options: SearchOptions) -> str:
+    """Measure all settings; returns the table."""
+    study = prepare(options)
+    plan = study.plan(options.plan)
+    before = mean_loss(study.measure(f"{options.plan}.gptq", lambda: study.by_gptq(plan)))
+    full = mean_loss(study.full)
+
+    def trial(rate: float) -> Study:
+        return study.with_options(replace(options, lr=rate, output=f"{options.output}/{rate:g}"))
+
+    rows, best = [], {}
+    for objective in options.names(options.objectives):
+
+        def finetuned(rate: float, objective: str = objective) -> float:
+            ours = trial(rate)
+            losses = ours.measure(
+                f"{options.plan}.{objective}", lambda: ours.finetuned(study.by_gptq(plan), objective=objective)
+            )
+            logger.info("%s, rate %g: %+.4f nats over full precision", objective, rate, mean_loss(losses) - full)
+            return mean_loss(losses)
+
+        losses = bracket(finetuned, options.lr, score=float, factor=FACTOR)
+        rate = lowest(losses, float)
+        best[losses[rate]] = f"--objective {objective} --lr {rate:.2g}"
+        rows += [
+            f"| {objective} | {rate:.2g} | {loss - full:+.4f} | {(before - loss) / (before - full):.1%} | "
+            f"{full - mean_loss(trial(rate).control):+.4f} |"
+            for rate, loss in losses.items()
+        ]
+    return "\n".join(
+        [
+            f"{options.plan} by GPTQ: {before - full:+.4f} nats a token over full precision, on {options.split} text.",
+            "",
+            "| objective | rate | after finetuning | recovered | the control gains |",
+            "| --- | --- | --- | --- | --- |",
+            *rows,
+            "",
+            f"best: {best[min(best)]}\n",
+        ]
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = OptionParser((SearchOptions,), description=__doc__.splitlines()[0])
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    keep_freed_memory()
+    try:
+        (options,) = parser.parse(argv)
+        text = search(options)
+    except (ValueError, FileNotFoundError) as refused:
+        parser.error(str(refused))
+    table = Path(options.output) / TABLE
+    write_text(table, text)
+    print(f"{text}\ntable   {table}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
