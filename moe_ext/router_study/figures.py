@@ -63,7 +63,7 @@ def _entropy(study: Study) -> Drawing:
         "entropy",
         "Entropy of a token's scores",
         f"The entropy of a token's probabilities is {_percent(found.value)} of the largest; by chance, of a gate "
-        f"without preference, it is 100 %, and of shuffled scores {_percent(found.shuffled)}.",
+        f"without preference, it is 100%, and of shuffled scores {_percent(found.shuffled)}.",
         _by_layer(study, [("measured", found)], "entropy / log E"),
     )
 
@@ -389,5 +389,5 @@ def _range(values: Tensor, digits: int = 3) -> str:
 
 
 def _percent(values: Tensor) -> str:
-    low, high = (f"{100 * float(bound):.0f}" for bound in (values.min(), values.max()))
-    return f"{low} %" if low == high else f"{low} to {high} %"
+    low, high = (f"{100 * float(bound):.3g}" for bound in (values.min(), values.max()))
+    return f"{low}%" if low == high else f"{low} to {high}%"

@@ -173,8 +173,8 @@ def _add_legend(axes: "Axes") -> None:
         fontsize=7,
         frameon=False,
         ncols=6,
-        columnspacing=1.0,
-        handlelength=1.6,
+        columnspacing=0.8,
+        handlelength=1.4,
     )
 
 

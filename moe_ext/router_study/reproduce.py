@@ -95,7 +95,7 @@ def checks_of(study: Study, found: list[Saturation]) -> list[Check]:
         mean = sum(one.chosen) / len(one.chosen) if one else float("nan")
         checks.append(
             Check(
-                f"top-{gates.num_chosen} saturation at {percent} % of training",
+                f"top-{gates.num_chosen} saturation at {percent}% of training",
                 f"about {value:.0%} (chance 12.5%)",
                 f"{mean:.1%} at {one.revision} (chance {one.chance:.1%})" if one else "no such revision",
                 abs(mean - value) <= NEAR if one else None,
@@ -105,7 +105,7 @@ def checks_of(study: Study, found: list[Saturation]) -> list[Check]:
     checks.append(
         Check(
             "no strong co-activation: pairs as in the script, median over layers of the strongest",
-            "a few pairs at 60 %, most below 30 %",
+            "a few pairs at 60%, most below 30%",
             f"{float(strongest.median()):.0%}",
             bool(strongest.median() <= 0.6),
         )
@@ -128,7 +128,7 @@ def checks_of(study: Study, found: list[Saturation]) -> list[Check]:
     checks.append(
         Check(
             f"layer {gates.labels[layer]}: some experts are chosen far above chance in a domain",
-            "experts up to several times the 12.5 % of chance",
+            "experts up to several times the 12.5% of chance",
             f"up to {most:.0%} (chance {chance:.1%})",
             most >= 2 * chance,
         )

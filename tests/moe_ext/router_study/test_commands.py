@@ -117,7 +117,7 @@ def test_reproduce_holds_a_model_against_the_paper(say, undrawn, tmp_path, revis
         out="held",
     )
     assert code == 0
-    assert "| top-2 saturation at 1 % of training | about 60% (chance 12.5%)" in told
+    assert "| top-2 saturation at 1% of training | about 60% (chance 12.5%)" in told
     checks = json.loads((tmp_path / "held/reproduction.json").read_text())["checks"]
     assert [check["holds"] for check in checks[:2]] == [None, False] or checks[1]["measured"].startswith("100.0%")
     assert (tmp_path / "held/table.md").read_text().count("|\n") == len(checks) + 2
