@@ -75,7 +75,6 @@ def send_to_next(expert: int) -> Overrule:
     def overrule(weights_TE: Tensor, logits_TE: Tensor) -> Tensor:
         weights_TE = weights_TE.clone()
         free_TE = logits_TE.masked_fill(weights_TE > 0, float("-inf"))
-        free_TE[:, expert] = float("-inf")
         best_T1 = free_TE.argmax(dim=-1, keepdim=True)
         moved_T1 = weights_TE[:, expert : expert + 1] * free_TE.gather(-1, best_T1).isfinite()
         weights_TE[:, expert] = 0

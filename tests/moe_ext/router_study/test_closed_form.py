@@ -146,6 +146,14 @@ def test_layers_that_agree_are_perfectly_correlated(agreeing):
     assert paths.distinct(numbers).tolist() == [4.0]
 
 
+def test_a_transition_is_of_the_choices_that_follow_an_expert():
+    first = torch.arange(4).repeat(R * S // 4).view(1, 1, R, S, 1)
+    t = totals(activations_of(sure_of(torch.cat([first, first // 2], dim=1), 4), 1))
+    expected = torch.tensor([[1, 0, 0, 0], [1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 0, 0]], dtype=torch.float64)
+    torch.testing.assert_close(transitions.transition(t)[0], expected, **EXACT)
+    assert float(transitions.information(t)[0]) == pytest.approx(math.log(2))
+
+
 def test_shuffling_tokens_takes_the_agreement_of_layers_away(agreeing):
     measured = measure_all(agreeing, replicates=5)
     apart = ~torch.eye(L, dtype=torch.bool)
