@@ -74,6 +74,14 @@ continual: $(DATA) ## let prose, code and math arrive one after another; the mix
 	@echo "== training a mixture that grows with its skills, and what it is compared with"
 	$(VENV_PYTHON) train.py --continual prose code math $(ARGS)
 
+.PHONY: router-study
+router-study: $(DATA) ## study the routers of the small mixture, and renew the report in docs/router_study
+	@echo "== studying the routers of the small mixture"
+	rm -rf runs/router_study
+	$(VENV_PYTHON) -m moe_ext.router_study run --out runs/router_study $(ARGS)
+	cp runs/router_study/report.html runs/router_study/findings.md runs/router_study/pictures/overview.png \
+		docs/router_study/
+
 .PHONY: lint
 lint: $(INSTALLED) ## check the style of the code and that the fork's queue and tree agree
 	@echo "== checking the style"
@@ -115,7 +123,7 @@ $(INSTALLED): pyproject.toml constraints.txt $(QUEUE) | $(VENV_PYTHON)
 	@echo "== installing the fork: fetching the pinned release of PEFT, patching it"
 	$(PIP) install -c constraints.txt --no-build-isolation -e ./peft
 	@echo "== installing dylo_moe and moe_ext"
-	$(PIP) install -c constraints.txt --no-build-isolation -e ".[demo,dev,quant]"
+	$(PIP) install -c constraints.txt --no-build-isolation -e ".[demo,dev,quant,study]"
 	@touch $@
 
 $(DATA): $(INSTALLED)

@@ -17,27 +17,34 @@ SMALL_MOE_FOLDER = Path(__file__).parent / "small_moe"
 
 
 def load_moe(
-    name: str | Path = SMALL_MOE, *, dtype: torch.dtype | str | None = None
+    name: str | Path = SMALL_MOE, *, dtype: torch.dtype | str | None = None, revision: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a mixture and its tokenizer by name.
 
     Args:
         name: `small-moe`, a local folder, or a hub model as `owner/name`.
         dtype: of the weights; None takes float32 without a GPU and what the checkpoint is stored in with one.
+        revision: a branch or tag of a hub model.
 
     Returns:
         The model, in eval mode on the CPU, and its tokenizer, with a padding token.
 
     Raises:
         FileNotFoundError: a folder that is not there.
-        ValueError: an unknown name, or a model without experts.
+        ValueError: an unknown name, a model that cannot be read, or one without experts.
     """
     where = str(SMALL_MOE_FOLDER) if str(name) == SMALL_MOE else resolve_model_name(name)
     if dtype is None:
         dtype = "auto" if torch.cuda.is_available() else torch.float32
-    tokenizer = AutoTokenizer.from_pretrained(where)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, revision=revision)
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, revision=revision)
+    except OSError as unread:  # transformers' answer to a hub it cannot reach, a wrong id and a missing file alike
+        raise ValueError(
+            f"The model '{name}' could not be read: {str(unread).splitlines()[0]} Check its name and the network, or "
+            "give a local folder."
+        ) from unread
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype)
     moe_layers(model)  # refuses what is no mixture
     return model.eval(), tokenizer

@@ -1,0 +1,144 @@
+"""The options of the commands."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from foundation.data import Part
+from moe_ext.moe_models import SMALL_MOE
+from moe_ext.router_study.causal import NOWHERE
+from moe_ext.router_study.metrics.vocabulary import LEAST_SEEN
+from moe_ext.router_study.track import ReportTo
+
+MODEL_HELP = "small-moe, a folder of a mixture or of a routed LoRA mixture, or a hub model as owner/name."
+OLMOE = "allenai/OLMoE-1B-7B-0924"
+
+
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def at_least(options: object, **least: int) -> None:
+    """Refuse a number that is too small.
+
+    Raises:
+        ValueError: it names the option, its value and the least it may be.
+    """
+    for name, bound in least.items():
+        value = getattr(options, name)
+        if value < bound:
+            raise ValueError(f"{name} is {value}, but must be at least {bound}.")
+
+
+@dataclass(kw_only=True)
+class TextOptions:
+    """Of every command that reads text."""
+
+    data: str = field(
+        default="prose,code,math",
+        metadata={
+            "help": "Domains as name=source,...: a built-in domain (prose, code, math), a file or folder, or a hub "
+            "dataset (fineweb, gsm8k, math500, aqua_rat, humaneval, codeparrot, or owner/name:subset)."
+        },
+    )
+    split: Part = field(default="test", metadata={"help": "Split of built-in domains, files and owner/name."})
+    max_tokens: int = field(default=32768, metadata={"help": "Tokens of each domain."})
+    row_tokens: int = field(default=512, metadata={"help": "Tokens that the model reads at once."})
+    batch_size: int = field(default=8, metadata={"help": "Rows of a forward pass."})
+    layers: list[int] | None = field(
+        default=None, metadata={"help": "Study these routers alone, by number from 0.", "nargs": "+"}
+    )
+    device: str = field(default_factory=_default_device, metadata={"help": "Where to compute."})
+    seed: int = field(default=0, metadata={"help": "Of the order of documents, shuffles and bootstraps."})
+
+    def __post_init__(self):
+        at_least(self, batch_size=1, row_tokens=2, max_tokens=self.row_tokens)
+
+
+@dataclass(kw_only=True)
+class RunOptions(TextOptions):
+    """Of `run`."""
+
+    model: str = field(default=SMALL_MOE, metadata={"help": MODEL_HELP})
+    out: str = field(metadata={"help": "Folder of the results; of several revisions each gets one below it."})
+    revision: list[str] = field(
+        default_factory=list, metadata={"help": "Revisions of the model: branches or tags, or folders below it."}
+    )
+    replicates: int = field(default=200, metadata={"help": "Draws of the bootstrap."})
+    least_seen: int = field(
+        default=LEAST_SEEN, metadata={"help": "Vocabulary: leave out ids that are seen less often."}
+    )
+    as_in_script: bool = field(
+        default=False, metadata={"help": "Also count pairs next to each other in rank, as the OLMoE authors' script."}
+    )
+    save_logits: bool = field(default=False, metadata={"help": "Also keep the raw scores, as safetensors."})
+    counts_mb: int = field(default=4096, metadata={"help": "MiB that the counts may take."})
+    sample_mb: int = field(default=256, metadata={"help": "MiB of scores to keep for shuffled controls."})
+    report_to: ReportTo = field(default="none", metadata={"help": "Log the figures as well."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least(self, replicates=2, least_seen=1, counts_mb=1, sample_mb=1)
+
+
+@dataclass(kw_only=True)
+class EvolutionOptions(TextOptions):
+    """Of `evolution`."""
+
+    model: str = field(default=SMALL_MOE, metadata={"help": MODEL_HELP})
+    revisions: list[str] = field(
+        metadata={
+            "help": "Branches or tags of the model, folders below it, or any folders of models; the end is the "
+            "last by number."
+        }
+    )
+    out: str = field(metadata={"help": "Folder of the results."})
+
+
+@dataclass(kw_only=True)
+class InterveneOptions(TextOptions):
+    """Of `intervene`."""
+
+    model: str = field(default=SMALL_MOE, metadata={"help": MODEL_HELP})
+    out: str = field(metadata={"help": "Folder of the results."})
+    max_tokens: int = field(default=8192, metadata={"help": "Tokens of each domain."})
+    experts: list[int] | None = field(default=None, metadata={"help": "Change these experts alone.", "nargs": "+"})
+    to: str = field(
+        default=NOWHERE,
+        metadata={"help": "Where an expert's tokens go: nowhere, next (the best not chosen), or an expert's number."},
+    )
+
+
+@dataclass(kw_only=True)
+class ReproduceOptions(TextOptions):
+    """Of `reproduce olmoe`."""
+
+    model: str = field(
+        default=OLMOE, metadata={"help": "The OLMoE model; any other is compared with the same figures."}
+    )
+    out: str = field(metadata={"help": "Folder of the results."})
+    data: str = field(default="fineweb,codeparrot,gsm8k", metadata={"help": "Domains as name=source,..."})
+    revisions: list[str] = field(
+        default_factory=lambda: [
+            "step5000-tokens20B",
+            "step120000-tokens503B",
+            "step245000-tokens1027B",
+            "step490000-tokens2055B",
+            "main",
+        ],
+        metadata={"help": "Checkpoints for the saturation: about 1, 10, 20 and 40 % of training, and the end."},
+    )
+
+
+@dataclass(kw_only=True)
+class OverheadOptions:
+    """Of `overhead`."""
+
+    model: str = field(default=SMALL_MOE, metadata={"help": f"{MODEL_HELP} Or wide: an untrained OLMoE of width 512."})
+    batch_size: int = field(default=8, metadata={"help": "Rows of a pass."})
+    row_tokens: int = field(default=256, metadata={"help": "Tokens of a row."})
+    rounds: int = field(default=30, metadata={"help": "Pairs of passes."})
+    device: str = field(default_factory=_default_device, metadata={"help": "Where to compute."})
+
+    def __post_init__(self):
+        at_least(self, batch_size=1, row_tokens=2, rounds=1)

@@ -1,0 +1,64 @@
+"""A tiny mixture on disk with the committed tokenizer, revisions of it, and three small sources of text."""
+
+import pytest
+import torch
+from moe_families import FAMILIES, tiny_moe
+
+from foundation.base_model import load_base_model
+
+WORDS = ["the", "of", "and", "a", "in", "to", "was", "is", "for", "on", "by", "with", "from", "at", "it", "as", "are"]
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return load_base_model()[1]
+
+
+def _save(folder, tokenizer, *, seed):
+    model = tiny_moe("olmoe", seed=seed, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.gate.weight.mul_(20)  # small random rows would send every token the same way
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("study") / "tiny_moe"
+    _save(folder, tokenizer, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def revisions_folder(tmp_path_factory, tokenizer):
+    """A folder with the revisions step5-tokens1K, step40-tokens8K and main; step40 is main."""
+    folder = tmp_path_factory.mktemp("revisions")
+    for name, seed in (("step40-tokens8K", 0), ("step5-tokens1K", 1), ("main", 0)):
+        _save(folder / name, tokenizer, seed=seed)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory):
+    """`--data` of three small files, by name of the domain."""
+    folder, parts = tmp_path_factory.mktemp("text"), []
+    for number, name in enumerate(("letters", "numbers", "words")):
+        generator = torch.Generator().manual_seed(number)
+        lines = []
+        for _ in range(60):
+            drawn = torch.randint(len(WORDS), (30,), generator=generator).tolist()
+            if name == "numbers":
+                lines.append(" ".join(str(37 * word) for word in drawn))
+            elif name == "letters":
+                lines.append(" ".join("abcdefghijklmnopq"[word] for word in drawn))
+            else:
+                lines.append(" ".join(WORDS[word] for word in drawn))
+        (folder / f"{name}.txt").write_text("\n\n".join(lines))
+        parts.append(f"{name}={folder / name}.txt")
+    return ",".join(parts)
