@@ -3,6 +3,7 @@
 config.json            MultiTokenConfig
 heads.safetensors      (an older folder's heads.pt is read as well, with weights_only=True)
 router.safetensors     (or router.pt)
+copy_router.safetensors
 moe_meta.json          which backbone, which stage, which training
 tokenizer files        the backbone's own
 """
@@ -119,7 +120,7 @@ def read_config(folder: Path) -> MultiTokenConfig:
 
 
 def _parts(model: MultiTokenMoE) -> dict[str, nn.Module]:
-    return {"heads": model.heads, "router": model.router}
+    return {"heads": model.heads, "router": model.router, "copy_router": model.copy_router}
 
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 import pytest
 import torch
-from multi_token_testing import END, FAMILIES, VOCABULARY, OracleLoop, make_backbone, make_model
+from multi_token_testing import END, FAMILIES, VOCABULARY, make_backbone, make_model, oracle_loop
 from transformers import LogitsProcessor, LogitsProcessorList, MambaConfig, MambaForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 from moe_ext.multi_token.generation import DecodingLoop, costs_of, generate
 from moe_ext.multi_token.model import MultiTokenConfig, MultiTokenMoE
-from moe_ext.multi_token.planning import FixedPlan, OpenGates, Planner
+from moe_ext.multi_token.planning import Choice, FixedPlan, OpenGates, Planner
+from moe_ext.multi_token.sources import sources_of
 
 NEW = 24
 
@@ -32,7 +33,7 @@ def greedy(backbone, given: dict, **settings) -> torch.Tensor:
 
 
 def with_oracle(model, given, future, *, wrong, drafted=3, **settings):
-    loop = OracleLoop(model, future, wrong=wrong, drafted=drafted)
+    loop = oracle_loop(future, wrong=wrong, drafted=drafted)
     tokens = model.backbone.generate(
         **given, do_sample=False, custom_generate=loop, **{"max_new_tokens": NEW, **settings}
     )
@@ -56,10 +57,10 @@ def test_drafts_of_any_quality_give_exactly_what_generate_gives(family, wrong):
     if wrong == 0.0:
         # The prompt's pass gives one token; every later one three drafts and its own.
         assert report.passes == 1 + -(-(report.tokens - 1) // 4)
-        assert report.accepted == report.drafted
+        assert report.sources["heads"].accepted == report.sources["heads"].drafted
     if wrong == 1.0:
         assert report.passes == report.tokens
-        assert sum(report.accepted) == 0
+        assert sum(report.sources["heads"].accepted) == 0
 
 
 @pytest.mark.parametrize("wrong", [0.0, 0.3, 1.0])
@@ -91,7 +92,7 @@ def test_no_token_beyond_the_limit_is_written_or_read(max_new_tokens):
     assert torch.equal(tokens, future[:, : 6 + max_new_tokens])
     assert report.tokens == max_new_tokens
     # The prompt's pass and the last one give a token each that nobody has to draft.
-    assert sum(report.drafted) == max(0, max_new_tokens - 2)
+    assert sum(report.sources["heads"].drafted) == max(0, max_new_tokens - 2)
 
 
 def test_positions_that_the_backbone_does_not_have_are_never_read():
@@ -148,7 +149,7 @@ def test_generation_goes_on_from_a_filled_cache():
 
 
 def oracle(model, future):
-    return OracleLoop(model, future, wrong=0.2)
+    return oracle_loop(future, wrong=0.2)
 
 
 def test_several_returned_sequences_are_a_batch():
@@ -173,7 +174,7 @@ def test_sampling_draws_from_the_backbone_whatever_is_drafted(num_rows, wrong):
     for seed in range(4):
         torch.manual_seed(seed)
         expected = model.backbone.generate(**given, **settings)
-        loop = OracleLoop(model, expected, wrong=wrong)
+        loop = oracle_loop(expected, wrong=wrong)
         torch.manual_seed(seed)
         tokens = model.backbone.generate(**given, custom_generate=loop, **settings)
         assert torch.equal(tokens, expected)
@@ -206,7 +207,7 @@ def test_an_unverified_draft_stands_as_it_is():
     model, given = make_model(), whole_mask(prompts(1))
     model.backbone.generation_config.eos_token_id = None
     future = torch.arange(60)[None] % VOCABULARY
-    loop = OracleLoop(model, future, wrong=0.0, verified=False)
+    loop = oracle_loop(future, wrong=0.0, verified=False)
     tokens = model.backbone.generate(**given, do_sample=False, max_new_tokens=9, custom_generate=loop)
     # One token of the prompt's pass, then three drafts and the backbone's own, twice.
     assert tokens[0, 7:10].tolist() == [7, 8, 9]
@@ -222,8 +223,8 @@ def test_fast_asks_only_heads_whose_gate_is_open():
         model.router.layers[-1].weight.zero_()
         model.router.layers[-1].bias.copy_(torch.tensor([4.0, -4.0, 4.0]))
     report = generate(model, **given, do_sample=False, max_new_tokens=12, mode="fast").report
-    assert report.drafted[0] > 0
-    assert report.drafted[1:] == [0, 0]
+    assert report.sources["heads"].drafted[0] > 0
+    assert report.sources["heads"].drafted[1:] == [0, 0]
 
 
 def test_a_head_that_says_off_ends_the_draft():
@@ -231,8 +232,8 @@ def test_a_head_that_says_off_ends_the_draft():
     with torch.no_grad():
         model.heads.blocks[1].off.bias.fill_(1e4)
     report = generate(model, **given, do_sample=False, max_new_tokens=12, plan=FixedPlan(3)).report
-    assert report.drafted[0] > 0
-    assert report.drafted[1:] == [0, 0]
+    assert report.sources["heads"].drafted[0] > 0
+    assert report.sources["heads"].drafted[1:] == [0, 0]
 
 
 def test_where_drafts_do_not_pay_none_is_made():
@@ -240,10 +241,10 @@ def test_where_drafts_do_not_pay_none_is_made():
     with torch.no_grad():
         model.router.layers[-1].weight.zero_()
         model.router.layers[-1].bias.fill_(-8.0)
-    costs = costs_of(model)
-    assert len(costs.ms) == 4 and min(costs.ms) > 0
-    decoding = generate(model, **given, do_sample=False, max_new_tokens=NEW, plan=Planner(costs))
-    assert sum(decoding.report.drafted) == 0
+    costs = costs_of(model, ["heads"])
+    assert len(costs.ms["heads"]) == 4 and min(costs.ms["heads"]) > 0
+    decoding = generate(model, **given, do_sample=False, max_new_tokens=NEW, plan=Planner(costs), sources=["heads"])
+    assert sum(decoding.report.sources["heads"].drafted) == 0
     assert decoding.report.passes == decoding.report.tokens
 
 
@@ -315,12 +316,13 @@ def test_this_transformers_runs_a_loop_of_ours_inside_generate():
 
 def test_gates_that_are_open_in_every_row_count():
     gates = torch.tensor([[0.9, 0.8, 0.2], [0.9, 0.4, 0.1]])
-    assert OpenGates().choose(gates) == 1
-    assert OpenGates(threshold=0.3).choose(gates) == 2
+    assert OpenGates().choose({"heads": gates}) == Choice("heads", 1)
+    assert OpenGates(threshold=0.3).choose({"heads": gates}) == Choice("heads", 2)
+    assert OpenGates(threshold=0.9).choose({"heads": gates}) == Choice()
 
 
 def test_the_loop_without_heads_is_plain_greedy_decoding():
     model, given = make_model(), left_padded(3)
-    loop = DecodingLoop(model, FixedPlan(0))
+    loop = DecodingLoop(sources_of(model, ["heads", "copies"]), FixedPlan(0))
     tokens = model.backbone.generate(**given, do_sample=False, max_new_tokens=NEW, custom_generate=loop)
     assert torch.equal(tokens, greedy(model.backbone, given))
