@@ -122,13 +122,16 @@ def test_the_bench_measures_all_ways_and_finds_the_same_text(trained, tmp_path, 
     assert main([*words, "--rounds=1", f"--out={out}", "--split=all"]) == 0
     said = capsys.readouterr().out
     figures = json.loads(out.read_text())
-    assert set(figures["ways"]) == {"generate", "prompt lookup", "lossless", "independent heads", "fast"}
-    for name in ("generate", "prompt lookup", "lossless", "independent heads"):
+    lossless = {"generate", "prompt lookup", "heads", "copies", "heads and copies", "independent heads"}
+    assert set(figures["ways"]) == {*lossless, "fast"}
+    for name in lossless:
         assert figures["ways"][name]["exact_match"] == 1.0
+    assert set(figures["ways"]["heads"]["sources"]) == {"heads"}
+    assert set(figures["ways"]["heads and copies"]["sources"]) == {"heads", "copies"}
     assert figures["ways"]["generate"]["tokens_per_pass"] == 1.0
-    assert len(figures["cost_ms"]) == 3
+    assert [len(figures["cost_ms"][name]) for name in ("heads", "copies")] == [3, 17]
     assert figures["trained"]["data"] and figures["machine"]["torch"] == torch.__version__
-    assert "| lossless |" in said and "exact match" in said
+    assert "| heads and copies |" in said and "exact match" in said
 
 
 @pytest.mark.parametrize(

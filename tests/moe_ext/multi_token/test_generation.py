@@ -63,6 +63,48 @@ def test_drafts_of_any_quality_give_exactly_what_generate_gives(family, wrong):
         assert sum(report.sources["heads"].accepted) == 0
 
 
+@pytest.mark.parametrize("sources", [["copies"], ["heads", "copies"]])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_copies_of_the_text_give_exactly_what_generate_gives(family, sources):
+    model, given = make_model(family), whole_mask(prompts(1).repeat(1, 3))
+    settings = {"max_new_tokens": 48, "do_sample": False}
+    report = check_copies(model, given, sources, **settings)
+    assert report.sources["copies"].drafted[0] > 0
+
+
+@pytest.mark.parametrize("sources", [["copies"], ["heads", "copies"]])
+def test_copies_in_a_batch_give_exactly_what_generate_gives(sources):
+    model, given = make_model(), left_padded(3)
+    check_copies(model, given, sources, max_new_tokens=48, do_sample=False)
+
+
+def check_copies(model, given, sources, **settings):
+    """Generate with copies wherever there are any; gives the report."""
+
+    class Eager(FixedPlan):
+        """Copies where all rows have some, else heads."""
+
+        def choose(self, gates):
+            return FixedPlan(6, "copies" if gates["copies"].shape[1] else self.source).choose(gates)
+
+    plan = Eager(2, sources[0])
+    decoding = generate(model, **given, sources=sources, plan=plan, **settings)
+    assert torch.equal(decoding.sequences, model.backbone.generate(**given, **settings))
+    return decoding.report
+
+
+def test_a_text_in_a_circle_is_copied_in_few_passes():
+    """A backbone that always says the same token: every copy stands."""
+    model, given = make_model(max_copy=8), whole_mask(prompts(1))
+    with torch.no_grad():
+        for parameter in model.backbone.get_output_embeddings().parameters():
+            parameter.zero_()  # the first of equal scores is the token 0
+    model.backbone.generation_config.eos_token_id = None
+    report = check_copies(model, given, ["copies"], max_new_tokens=30, do_sample=False)
+    # A token of the prompt's pass, one of a pass with nothing to copy; then nine a pass.
+    assert report.passes == 2 + -(-28 // 9)
+
+
 @pytest.mark.parametrize("wrong", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_batches_with_left_padding_give_exactly_what_generate_gives(family, wrong):
@@ -181,6 +223,30 @@ def test_sampling_draws_from_the_backbone_whatever_is_drafted(num_rows, wrong):
         assert wrong == 1.0 or loop.report.tokens_per_pass > 1
         texts.append(tuple(tokens.flatten().tolist()))
     assert len(set(texts)) == 4
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_sampling_draws_from_the_backbone_whatever_is_copied(num_rows):
+    """With the same seed the text is that of `generate`, copies accepted and copies refused."""
+    model, given = make_model(), left_padded(num_rows)
+    model.backbone.generation_config.eos_token_id = None
+    # Three tokens are left to choose from, so that some copies are right.
+    settings = {
+        "do_sample": True,
+        "temperature": 30.0,
+        "suppress_tokens": [token for token in range(VOCABULARY) if token not in (5, 6, 7)],
+        "max_new_tokens": NEW,
+    }
+    drafted = accepted = 0
+    for seed in range(6):
+        torch.manual_seed(seed)
+        expected = model.backbone.generate(**given, **settings)
+        torch.manual_seed(seed)
+        decoding = generate(model, **given, sources=["copies"], plan=FixedPlan(4, "copies"), **settings)
+        assert torch.equal(decoding.sequences, expected)
+        drafted += decoding.report.sources["copies"].drafted[0]
+        accepted += decoding.report.sources["copies"].accepted[0]
+    assert 0 < accepted < drafted
 
 
 class Collected(BaseStreamer):
