@@ -128,7 +128,8 @@ class MultiTokenMoE(nn.Module):
         self.heads = TokenHeads(config.num_heads, hidden_size, config.head_width * hidden_size, config.kind)
         size = min(config.draft_vocabulary or self.off_id, self.off_id)
         # A buffer, so that it is saved with the heads; training puts the frequent tokens in (`draft_only`).
-        self.heads.register_buffer("drafted_tokens", torch.arange(size))
+        chosen = config.draft_vocabulary is not None
+        self.heads.register_buffer("drafted_tokens", torch.arange(size), persistent=chosen)
         self.router = HeadRouter(hidden_size, hidden_size, config.num_heads)
         self.copy_router = CopyRouter(hidden_size, hidden_size, config.max_copy)
         self.training_state = Training()

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from moe_ext.multi_token.losses import LossWeights, head_loss, router_losses
+from moe_ext.multi_token.losses import LossWeights, copy_loss, head_loss, router_losses
 
 
 def losses(logits, right=None, judged=None, on=None, budget=2.0):
@@ -64,7 +64,26 @@ def test_heads_that_are_off_do_not_count():
 def test_each_weight_counts_for_its_loss():
     parts = {
         name: torch.tensor(value)
-        for name, value in {"bce": 0.1, "balance": 0.2, "entropy": 0.3, "budget": 0.4}.items()
+        for name, value in {
+            "bce": 0.1,
+            "copy_bce": 0.5,
+            "balance": 0.2,
+            "entropy": 0.3,
+            "budget": 0.4,
+        }.items()
     }
     weights = LossWeights(bce=1, balance=10, entropy=100, budget=1000)
-    assert float(weights.total(parts)) == pytest.approx(0.1 + 2 + 30 + 400)
+    assert float(weights.total(parts)) == pytest.approx(0.1 + 0.5 + 2 + 30 + 400)
+
+
+def test_copies_are_judged_up_to_the_first_that_is_wrong():
+    torch.manual_seed(0)
+    logits = torch.randn(3, 3)
+    copied = torch.tensor([[4, 5, 6], [4, 5, 6], [-1, -1, -1]])
+    target = torch.tensor([[4, 9, 6], [4, 5, -100], [4, 5, 6]])
+    # First row: right, wrong, not judged. Second: right, right, not known. Third: nothing was copied.
+    judged = [(0, 0, 1), (0, 1, 0), (1, 0, 1), (1, 1, 1)]
+    written_out = [
+        -math.log(1 / (1 + math.exp(-float(logits[n, k]) * (1 if right else -1)))) for n, k, right in judged
+    ]
+    assert float(copy_loss(logits, copied, target)) == pytest.approx(sum(written_out) / 4, rel=1e-5)
