@@ -1,4 +1,4 @@
-"""Several tokens a backbone pass, from any frozen causal language model: heads and copies draft, the backbone verifies.
+"""Several tokens a backbone pass, from any frozen causal language model: drafts of heads and copies, verified by it.
 
     python -m moe_ext.multi_token train --model base --data prose --out runs/mt
     python -m moe_ext.multi_token infer --ckpt runs/mt/s2 --prompt "The river"

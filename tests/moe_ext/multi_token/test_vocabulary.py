@@ -4,6 +4,7 @@ from torch import nn
 
 from moe_ext.multi_token.generation import generate
 from moe_ext.multi_token.planning import FixedPlan
+from moe_ext.multi_token.sources import HeadSource
 from moe_ext.multi_token.vocabulary import draft_vocabulary, most_frequent
 
 
@@ -23,24 +24,25 @@ def test_scores_are_the_lm_heads_own_for_the_tokens_that_are_drafted():
     assert vocabulary.classes(torch.tensor([8, 0, -100, 9, 1])).tolist() == [2, -100, -100, 3, 0]
 
 
-def test_a_head_never_says_what_it_may_not_and_the_text_stays_that_of_generate():
+def test_the_text_is_that_of_generate_whatever_heads_may_say():
+    model = make_model(draft_vocabulary=5)
+    model.draft_only(torch.tensor([3, 8, 13, 21, 34]))
+    prompt = torch.tensor([[3, 4, 5, 6]])
+    asked = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 20, "do_sample": False}
+    decoding = generate(model, prompt, plan=FixedPlan(3), **asked)
+    assert torch.equal(decoding.sequences, model.backbone.generate(prompt, **asked))
+    assert decoding.report.sources["heads"].drafted[0] > 0
+
+
+def test_a_head_drafts_the_likeliest_of_the_tokens_it_may():
     model = make_model(draft_vocabulary=5)
     allowed = torch.tensor([3, 8, 13, 21, 34])
     model.draft_only(allowed)
-    prompt = torch.tensor([[3, 4, 5, 6]])
-    asked = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 20, "do_sample": False}
-    drafts = []
-
-    class Watched(FixedPlan):
-        def record(self, choice, tokens):
-            drafts.append(choice.num_drafts)
-
-    decoding = generate(model, prompt, plan=Watched(3), **asked)
-    assert torch.equal(decoding.sequences, model.backbone.generate(prompt, **asked))
-    assert sum(drafts) > 0
-    vocabulary = model.vocabulary()
-    logits = model.heads.logits(0, torch.randn(50, 32), vocabulary.score)
-    assert set(vocabulary.token_C[logits.argmax(dim=-1)].tolist()) <= {*allowed.tolist(), model.off_id}
+    states, tokens = torch.randn(50, 32), torch.full((50,), 4)
+    drafted = HeadSource(model).write(states, tokens, 1)[:, 0]
+    with torch.no_grad():
+        logits = model.lm_head(model.heads.step(0, states, states, model.embed(tokens)))
+    assert torch.equal(drafted, allowed[logits[:, allowed].argmax(dim=-1)])
 
 
 def test_a_target_that_is_not_drafted_is_wrong_and_teaches_the_heads_nothing():
