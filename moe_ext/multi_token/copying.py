@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+
+from foundation.packing import IGNORED_LABEL
 
 LONGEST_KEY = 8  # tokens that are looked up together
 LONGEST_MATCH = 32  # tokens; longer matches are not told apart
@@ -90,3 +93,22 @@ def copies_everywhere(tokens_BL: Tensor, num_tokens: int) -> tuple[Tensor, Tenso
                 matched_BL[row, place] = copy.matched
                 copied_BLK[row, place] = torch.tensor(copy.tokens)
     return matched_BL.to(tokens_BL.device), copied_BLK.to(tokens_BL.device)
+
+
+def judge_copies(copied_BLK: Tensor, labels_BL: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether copied tokens are what the text says.
+
+    Args:
+        copied_BLK: as `copies_everywhere` gives them.
+        labels_BL: the text; -100 where it is not to be learnt.
+
+    Returns:
+        right_BLK and judged_BLK: a copied token is right, and that can be said of it and nothing before it was wrong.
+    """
+    length, num_tokens = copied_BLK.shape[1:]
+    ahead_BL = pad(labels_BL, (0, num_tokens + 2), value=IGNORED_LABEL)
+    target_BLK = ahead_BL[:, 2:].unfold(1, num_tokens, 1)[:, :length]
+    right_BLK = copied_BLK == target_BLK
+    before_BLK = torch.cat([torch.ones_like(right_BLK[..., :1]), right_BLK[..., :-1]], dim=-1)
+    judged_BLK = before_BLK.long().cumprod(dim=-1).bool() & (copied_BLK >= 0) & (target_BLK >= 0)
+    return right_BLK, judged_BLK

@@ -73,16 +73,13 @@ def router_losses(
     }
 
 
-def copy_loss(logits_NK: Tensor, copied_NK: Tensor, target_NK: Tensor) -> Tensor:
-    """The copy router's binary cross-entropy, over the copied tokens behind which nothing was wrong yet.
+def copy_loss(logits_NK: Tensor, right_NK: Tensor, judged_NK: Tensor) -> Tensor:
+    """The copy router's binary cross-entropy.
 
     Args:
         logits_NK: its own.
-        copied_NK: what was copied; -1 where nothing was.
-        target_NK: what the text says there; -100 where that is not known.
+        right_NK: whether the copied token was right.
+        judged_NK: where that can be said, and all before it were.
     """
-    right_NK = copied_NK == target_NK
-    before_NK = torch.cat([torch.ones_like(right_NK[:, :1]), right_NK[:, :-1]], dim=1).long().cumprod(dim=1).bool()
-    judged_NK = before_NK & (copied_NK >= 0) & (target_NK >= 0)
     bce_NK = binary_cross_entropy_with_logits(logits_NK, right_NK.float(), reduction="none")
     return torch.where(judged_NK, bce_NK, 0.0).sum() / judged_NK.sum().clamp(min=1)

@@ -8,17 +8,18 @@ Shape letters: B rows, L tokens, W window places (head j's at j, the backbone's 
 V vocabulary, C classes that heads choose among (vocabulary.py), K copied tokens.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from foundation.packing import IGNORED_LABEL
 from moe_ext.multi_token.backbone import check_backbone, states_of
-from moe_ext.multi_token.copying import copies_everywhere
+from moe_ext.multi_token.copying import copies_everywhere, judge_copies
 from moe_ext.multi_token.heads import HeadKind, TokenHeads
 from moe_ext.multi_token.losses import LossWeights, copy_loss, head_loss, router_losses
 from moe_ext.multi_token.router import CopyRouter, HeadRouter, gates_of
@@ -224,20 +225,24 @@ class MultiTokenMoE(nn.Module):
         routed = router_losses(
             router_logits_NH, right_NH=right_NH, judged_NH=judged_NH, on_NH=on_NH, budget=now.heads_on
         )
-        routed["copy_bce"] = self.judge_copies(input_ids, labels, learnt_BL, state_ND)
+        matched_N, right_NK, judged_NK = self.copies(input_ids, labels, learnt_BL)
+        routed["copy_bce"] = copy_loss(self.copy_router(state_ND, matched_N), right_NK, judged_NK)
         return {"loss": parts["head_loss"] + self.config.loss_weights.total(routed), **parts, **routed}
 
-    def judge_copies(self, input_ids_BL: Tensor, labels_BL: Tensor, learnt_BL: Tensor, state_ND: Tensor) -> Tensor:
-        """The copy router's loss at the N positions that are learnt."""
-        longest = self.config.max_copy
-        matched_BL, copied_BLK = copies_everywhere(input_ids_BL, longest)
-        ahead_BL = pad(labels_BL, (0, longest + 2), value=IGNORED_LABEL)
-        target_BLK = ahead_BL[:, 2:].unfold(1, longest, 1)[:, : labels_BL.shape[1]]
+    def copies(self, input_ids_BL: Tensor, labels_BL: Tensor, learnt_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What would be copied at the N positions that are learnt: matched_N, right_NK, judged_NK (copying.py)."""
+        matched_BL, copied_BLK = copies_everywhere(input_ids_BL, self.config.max_copy)
+        right_BLK, judged_BLK = judge_copies(copied_BLK, labels_BL)
         where = learnt_BL.to(input_ids_BL.device)
-        matched_N, copied_NK, target_NK = (
-            each[where].to(self.device) for each in (matched_BL, copied_BLK, target_BLK)
-        )
-        return copy_loss(self.copy_router(state_ND, matched_N), copied_NK, target_NK)
+        return tuple(each[where].to(self.device) for each in (matched_BL, right_BLK, judged_BLK))
+
+    def count_copies(self, rows: Sequence[dict[str, list[int]]]) -> None:
+        """Let the copy router begin with how often copies stand in these rows."""
+        parts = []
+        for row in rows:
+            tokens_1L, labels_1L = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+            parts.append(self.copies(tokens_1L, labels_1L, torch.ones_like(tokens_1L, dtype=torch.bool)))
+        self.copy_router.count(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
     def read_windows(
         self, state_ND: Tensor, targets_NW: Tensor, teacher_forcing: float

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from statistics import median
 
 import numpy as np
 import torch
@@ -48,9 +47,11 @@ class Choice:
 
 
 def measure_costs(
-    run_pass: Callable[[SourceName, int], None], longest: Mapping[SourceName, int], *, rounds: int = 6
+    run_pass: Callable[[SourceName, int], None], longest: Mapping[SourceName, int], *, rounds: int = 8
 ) -> PassCosts:
-    """Time passes of many lengths, in turns, and take medians; what lies between two lengths is interpolated.
+    """Time passes of many lengths, in turns, and take the fastest; what lies between two lengths is interpolated.
+
+    The fastest, because whatever else runs on the machine only ever adds to a time.
 
     Args:
         run_pass: drafts so many tokens by a source and checks them, and waits until that is done.
@@ -71,7 +72,7 @@ def measure_costs(
     return PassCosts(
         {
             name: tuple(
-                np.interp(range(longest[name] + 1), sizes, [median(taken[name, size]) for size in sizes]).tolist()
+                np.interp(range(longest[name] + 1), sizes, [min(taken[name, size]) for size in sizes]).tolist()
             )
             for name, sizes in lengths.items()
         }

@@ -46,7 +46,7 @@ class HeadRouter(nn.Module):
 
 
 class CopyRouter(nn.Module):
-    """Three linear layers with SiLU between them; the length of the match is added to what the first one gives.
+    """Odds by the length of the match, and three linear layers on the state that shift them.
 
     Args:
         hidden_size: D, of the backbone.
@@ -56,11 +56,17 @@ class CopyRouter(nn.Module):
 
     def __init__(self, hidden_size: int, width: int, longest: int) -> None:
         super().__init__()
-        self.state_norm = nn.RMSNorm(hidden_size, eps=1e-6)
-        self.state = nn.Linear(hidden_size, width)
-        self.match = nn.Embedding(len(MATCH_STEPS) + 1, width)
-        self.layers = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, longest))
-        nn.init.zeros_(self.match.weight)
+        self.odds = nn.Embedding(len(MATCH_STEPS) + 1, longest)
+        self.layers = nn.Sequential(
+            nn.RMSNorm(hidden_size, eps=1e-6),
+            nn.Linear(hidden_size, width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
+            nn.Linear(width, longest),
+        )
+        for zero in (self.odds.weight, self.layers[-1].weight, self.layers[-1].bias):
+            nn.init.zeros_(zero)
 
     def forward(self, state_ND: Tensor, matched_N: Tensor) -> Tensor:
         """[N, K] logits, float32: each copied token right, given that those before it are.
@@ -69,8 +75,28 @@ class CopyRouter(nn.Module):
             state_ND: the backbone's, before the last token.
             matched_N: tokens at the text's end that stood before as well.
         """
-        step_N = torch.bucketize(matched_N, matched_N.new_tensor(MATCH_STEPS))
-        return self.layers(self.state(self.state_norm(state_ND)) + self.match(step_N)).float()
+        return (self.odds(_step_of(matched_N)) + self.layers(state_ND)).float()
+
+    @torch.no_grad()
+    def count(self, matched_N: Tensor, right_NK: Tensor, judged_NK: Tensor) -> None:
+        """Begin with the odds of known text, which training would take long to find.
+
+        Args:
+            matched_N: as in `forward`.
+            right_NK: whether a copied token was right.
+            judged_NK: where that can be said, and all before it were.
+        """
+        step_N = _step_of(matched_N)
+        for step in range(len(MATCH_STEPS) + 1):
+            there_NK = judged_NK & (step_N == step)[:, None]
+            # One right and one wrong are added (Laplace), so that no odds are infinite.
+            right_K = (right_NK & there_NK).sum(dim=0) + 1.0
+            wrong_K = (~right_NK & there_NK).sum(dim=0) + 1.0
+            self.odds.weight[step] = (right_K / wrong_K).log()
+
+
+def _step_of(matched_N: Tensor) -> Tensor:
+    return torch.bucketize(matched_N, matched_N.new_tensor(MATCH_STEPS))
 
 
 def gates_of(logits_NH: Tensor) -> Tensor:

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_ext.multi_token.copying import LONGEST_KEY, LONGEST_MATCH, Copy, CopyIndex, copies_everywhere
+from moe_ext.multi_token.copying import LONGEST_KEY, LONGEST_MATCH, Copy, CopyIndex, copies_everywhere, judge_copies
 
 
 def searched(text, num_tokens):
@@ -51,3 +51,14 @@ def test_copies_of_known_text_are_those_that_generation_would_have_made(seed):
             assert matched[row, place] == copy.matched
             assert copied[row, place].tolist() == (copy.tokens or [-1, -1, -1])
     assert (copied[:, -1] == -1).all()
+
+
+def test_copies_are_judged_up_to_the_first_that_is_wrong():
+    labels = torch.tensor([[1, 2, 4, 9, 6, -100]])
+    copied = torch.full((1, 6, 3), -1)
+    copied[0, 0] = torch.tensor([4, 5, 6])  # of 4, 9, 6: right, wrong, not judged
+    copied[0, 1] = torch.tensor([9, 6, 7])  # of 9, 6 and what is not learnt
+    right, judged = judge_copies(copied, labels)
+    assert right[0, 0, :2].tolist() == [True, False]
+    assert right[0, 1, :2].tolist() == [True, True]
+    assert judged[0].tolist() == [[True, True, False], [True, True, False], *[[False] * 3] * 4]

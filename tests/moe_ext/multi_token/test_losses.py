@@ -76,14 +76,13 @@ def test_each_weight_counts_for_its_loss():
     assert float(weights.total(parts)) == pytest.approx(0.1 + 0.5 + 2 + 30 + 400)
 
 
-def test_copies_are_judged_up_to_the_first_that_is_wrong():
+def test_copies_count_where_they_are_judged():
     torch.manual_seed(0)
-    logits = torch.randn(3, 3)
-    copied = torch.tensor([[4, 5, 6], [4, 5, 6], [-1, -1, -1]])
-    target = torch.tensor([[4, 9, 6], [4, 5, -100], [4, 5, 6]])
-    # First row: right, wrong, not judged. Second: right, right, not known. Third: nothing was copied.
-    judged = [(0, 0, 1), (0, 1, 0), (1, 0, 1), (1, 1, 1)]
+    logits, right, judged = torch.randn(4, 3), torch.rand(4, 3) < 0.5, torch.rand(4, 3) < 0.6
     written_out = [
-        -math.log(1 / (1 + math.exp(-float(logits[n, k]) * (1 if right else -1)))) for n, k, right in judged
+        -math.log(1 / (1 + math.exp(-float(logits[n, k]) * (1 if right[n, k] else -1))))
+        for n in range(4)
+        for k in range(3)
+        if judged[n, k]
     ]
-    assert float(copy_loss(logits, copied, target)) == pytest.approx(sum(written_out) / 4, rel=1e-5)
+    assert float(copy_loss(logits, right, judged)) == pytest.approx(sum(written_out) / len(written_out), rel=1e-5)
