@@ -111,7 +111,7 @@ def test_the_copy_router_learns_how_far_copies_stand(tmp_path):
         texts.append([*circle * 3, *torch.randint(3, VOCABULARY, (12,), generator=generator).tolist()])
     data = Dataset.from_list([{"input_ids": r, "attention_mask": [1] * 24, "labels": r} for r in texts])
     model = fresh(max_copy=2)
-    train_stage(model, data, settings("router", epochs=15, batch=8), tmp_path)
+    train_stage(model, data, settings("router", epochs=25, batch=8, lr=3e-2), tmp_path)
     states = model.states(torch.tensor(texts), torch.ones(40, 24))
     with torch.no_grad():
         turning = torch.sigmoid(model.copy_router(states[:, 7], torch.full((40,), 4)))[:, 0].mean()
