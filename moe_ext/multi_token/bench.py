@@ -2,9 +2,11 @@
 
     generate            the backbone alone, greedy, with its KV cache: what the others are compared with
     prompt lookup       transformers' own drafts, copied from the text so far (n-grams)
-    lossless            heads draft, as many as pay; the backbone checks
-    independent heads   the same loop with heads that do not read the draft (Medusa), from a second checkpoint
-    fast                drafts unread: another text, and so no lossless way
+    heads               heads draft, as many as pay; the backbone checks
+    copies              the same with our copies of the text in place of heads
+    heads and copies    both, whichever pays more in a pass: what `generate` of this package does by itself
+    independent heads   heads that do not read the draft (Medusa), from a second checkpoint, without copies
+    fast                drafts of heads unread: another text, and so no lossless way
 
 Shape letters: L tokens.
 """
@@ -26,11 +28,12 @@ from transformers import PreTrainedModel
 from foundation.whole_files import write_json
 from moe_ext.multi_token.bench_report import table
 from moe_ext.multi_token.data import read_source, to_prompts
-from moe_ext.multi_token.generation import Report, costs_of, generate
+from moe_ext.multi_token.generation import Record, Report, costs_of, generate
 from moe_ext.multi_token.model import MultiTokenMoE
 from moe_ext.multi_token.options import BenchOptions
 from moe_ext.multi_token.planning import OpenGates, Planner, wait_for
 from moe_ext.multi_token.quality import negative_log_likelihood
+from moe_ext.multi_token.sources import SourceName
 from moe_ext.multi_token.storage import load
 
 # What transformers' own candidate generator drafts where it is not told otherwise.
@@ -52,7 +55,7 @@ class Tally:
     Args:
         seconds: of each round, all prompts added up.
         tokens, passes: of the first round.
-        drafted, accepted: by head, of the first round; empty where there are no heads.
+        sources: what drafted, of the first round; empty where nothing of ours did.
         exact: prompts whose text is that of `generate`.
         nll: summed negative log-likelihood under the backbone, in nats, of the first round.
     """
@@ -60,8 +63,7 @@ class Tally:
     seconds: list[float] = field(default_factory=list)
     tokens: int = 0
     passes: int = 0
-    drafted: list[int] = field(default_factory=list)
-    accepted: list[int] = field(default_factory=list)
+    sources: dict[SourceName, Record] = field(default_factory=dict)
     exact: int = 0
     nll: float = 0.0
 
@@ -70,10 +72,9 @@ class Tally:
         report = answer.report
         self.tokens += report.tokens
         self.passes += report.passes
-        if report.drafted:
-            empty = [0] * len(report.drafted)
-            self.drafted = [a + b for a, b in zip(self.drafted or empty, report.drafted, strict=True)]
-            self.accepted = [a + b for a, b in zip(self.accepted or empty, report.accepted, strict=True)]
+        for name, record in report.sources.items():
+            held = self.sources.get(name) or Record([0] * len(record.drafted), [0] * len(record.drafted))
+            self.sources[name] = held + record
         self.exact += torch.equal(answer.sequence_1L, greedy_1L)
         self.nll += nll
 
@@ -145,16 +146,22 @@ def measure(
         The figures, ready for JSON.
     """
     costs = costs_of(model)
+    own: dict[str, tuple[SourceName, ...]] = {
+        "heads": ("heads",),
+        "copies": ("copies",),
+        "heads and copies": ("heads", "copies"),
+    }
     ways: dict[str, Way] = {
         "generate": lambda prompt_1L: plain(model.backbone, prompt_1L, options.max_tokens),
         "prompt lookup": lambda prompt_1L: plain(
             model.backbone, prompt_1L, options.max_tokens, prompt_lookup_num_tokens=LOOKUP_TOKENS
         ),
-        "lossless": drafted(model, options.max_tokens, plan=Planner(costs)),
     }
+    for name, sources in own.items():
+        ways[name] = drafted(model, options.max_tokens, sources=sources, plan=Planner(costs.of(sources)))
     if independent is not None:
-        plan = Planner(costs_of(independent))
-        ways["independent heads"] = drafted(independent, options.max_tokens, plan=plan)
+        heads_alone = {"sources": ("heads",), "plan": Planner(costs_of(independent, ("heads",)))}
+        ways["independent heads"] = drafted(independent, options.max_tokens, **heads_alone)
     ways["fast"] = drafted(model, options.max_tokens, plan=OpenGates(), mode="fast")
 
     names = list(ways)
@@ -192,7 +199,7 @@ def measure(
             source: summary(each, sum(prompt.source == source for prompt in prompts))
             for source, each in by_source.items()
         },
-        "cost_ms": list(costs.ms),
+        "cost_ms": costs.ms,
         "machine": machine(model),
     }
 
@@ -252,8 +259,7 @@ def summary(tallies: dict[str, Tally], num_prompts: int) -> dict[str, dict[str, 
             "times_generate_range": [min(ratios), max(ratios)],
             "exact_match": tally.exact / num_prompts,
             "nats_per_token": tally.nll / tally.tokens,
-            "acceptance": [stood / max(1, tried) for stood, tried in zip(tally.accepted, tally.drafted, strict=True)],
-            "drafted": tally.drafted,
+            "sources": {source: asdict(record) for source, record in tally.sources.items()},
         }
     return figures
 

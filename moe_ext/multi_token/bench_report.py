@@ -2,6 +2,8 @@
 
 from typing import Any
 
+SHOWN_PLACES = 4  # of a draft, in the table of acceptance
+
 
 def table(figures: dict[str, Any]) -> str:
     """Markdown tables: the ways of generating, overall and by source; acceptance by head; the cost of a pass."""
@@ -53,24 +55,24 @@ def _by_source(by_source: dict[str, dict]) -> str:
 
 
 def _acceptance(ways: dict[str, dict]) -> str:
-    drafting = {name: way["acceptance"] for name, way in ways.items() if way["acceptance"] and name != "fast"}
-    num_heads = max(map(len, drafting.values()))
-    return _markdown(
-        ["accepted, of what the head drafted", *(f"head {place}" for place in range(1, num_heads + 1))],
-        [
-            [name, *(f"{share:.2f}" for share in shares), *[""] * (num_heads - len(shares))]
-            for name, shares in drafting.items()
-        ],
-    )
+    rows = []
+    for name, way in ways.items():
+        for source, record in way["sources"].items() if name != "fast" else ():
+            drafted, accepted = record["drafted"], record["accepted"]
+            shares = [f"{stood / tried:.2f}" if tried else "" for stood, tried in zip(accepted, drafted, strict=True)]
+            shown = (shares + [""] * SHOWN_PLACES)[:SHOWN_PLACES]
+            rows.append([name, source, f"{drafted[0] / way['passes']:.2f}", *shown])
+    places = [f"token {place}" for place in range(1, SHOWN_PLACES + 1)]
+    return _markdown(["accepted, of what was drafted", "by", "in passes", *places], rows)
 
 
-def _costs(cost_ms: list[float]) -> str:
-    return _markdown(
-        ["drafts in a pass", *map(str, range(len(cost_ms)))],
-        [
-            ["c(k), ms", *(f"{cost:.2f}" for cost in cost_ms)],
-            ["over c(0)", *(f"{cost / cost_ms[0]:.2f}" for cost in cost_ms)],
-        ],
+def _costs(cost_ms: dict[str, tuple[float, ...]]) -> str:
+    return "\n\n".join(
+        _markdown(
+            [f"tokens drafted by {source}", *map(str, range(len(costs)))],
+            [["c(k), ms", *(f"{cost:.2f}" for cost in costs)], ["over c(0)", *(f"{c / costs[0]:.2f}" for c in costs)]],
+        )
+        for source, costs in cost_ms.items()
     )
 
 

@@ -5,7 +5,8 @@
 
 `generate(custom_generate=callable)` of transformers prepares everything as for its own greedy decoding or sampling
 (logits processors, stopping criteria, cache, several returned sequences); the callable here is its inner loop. Each
-turn is one pass of the backbone over the token it chose last and what the heads drafted behind it:
+turn is one pass of the backbone over the token it chose last and what was drafted behind it, by the heads or by
+copying from the text (sources.py), whichever promises more for its time (planning.py):
 
     lossless   the backbone's own choices are compared with the draft from the first on; those that agree stand, the
                first that differs takes the draft's place, and the cache forgets the rest. The output is that of
@@ -14,9 +15,10 @@ turn is one pass of the backbone over the token it chose last and what the heads
 
 A batch goes on by as many tokens as all its rows agree on. No private name of transformers is used.
 
-Shape letters: B rows, L tokens, K drafted tokens, D hidden size, H heads, V vocabulary.
+Shape letters: B rows, L tokens, K drafted tokens, D hidden size, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -26,16 +28,36 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, St
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
-from moe_ext.multi_token.drafting import draft
 from moe_ext.multi_token.model import MultiTokenMoE
-from moe_ext.multi_token.passes import BackbonePasses, backbone_passes
-from moe_ext.multi_token.planning import OpenGates, PassCosts, Plan, Planner, measure_costs, wait_for
-from moe_ext.multi_token.router import gates_of
+from moe_ext.multi_token.passes import backbone_passes
+from moe_ext.multi_token.planning import Choice, OpenGates, PassCosts, Plan, Planner, measure_costs, wait_for
 from moe_ext.multi_token.rows import GrowingRows
+from moe_ext.multi_token.sources import Draft, DraftSource, SourceName, sources_of
 
 Mode = Literal["lossless", "fast"]
+ALL_SOURCES: tuple[SourceName, ...] = ("heads", "copies")
 
-COST_CONTEXT = 64  # tokens that stand before the passes whose cost is measured
+# The text before the passes whose cost is measured: so many tokens, going round, so that there is something to copy.
+COST_CONTEXT, COST_PERIOD = 64, 8
+
+
+@dataclass
+class Record:
+    """How a source did.
+
+    Args:
+        drafted: how often it drafted at each place, the first first.
+        accepted: how often its draft stood there.
+    """
+
+    drafted: list[int]
+    accepted: list[int]
+
+    def __add__(self, other: "Record") -> "Record":
+        return Record(
+            [a + b for a, b in zip(self.drafted, other.drafted, strict=True)],
+            [a + b for a, b in zip(self.accepted, other.accepted, strict=True)],
+        )
 
 
 @dataclass
@@ -46,15 +68,13 @@ class Report:
         passes: of the backbone, the prompt's included.
         rows: B.
         tokens: new tokens of all rows, padding left out.
-        drafted: how often each head drafted.
-        accepted: how often its draft stood.
+        sources: how each did.
     """
 
     passes: int = 0
     rows: int = 1
     tokens: int = 0
-    drafted: list[int] = field(default_factory=list)
-    accepted: list[int] = field(default_factory=list)
+    sources: dict[SourceName, Record] = field(default_factory=dict)
 
     @property
     def tokens_per_pass(self) -> float:
@@ -80,6 +100,7 @@ def generate(
     input_ids: Tensor,
     *,
     mode: Mode = "lossless",
+    sources: Sequence[SourceName] | None = None,
     plan: Plan | None = None,
     stop_strings: list[str] | None = None,
     tokenizer=None,
@@ -92,8 +113,9 @@ def generate(
         model: heads, router and backbone.
         input_ids: [B, L]; rows of several lengths are padded on the left, with an `attention_mask` in `settings`.
         mode: `lossless` gives the backbone's own output, `fast` takes drafts unread.
-        plan: how many heads draft; by default `lossless` weighs their cost against the router's gates, and `fast`
-            asks the heads whose gate is open.
+        sources: what may draft: `heads`, `copies`; by default both, and in `fast` the heads.
+        plan: which of them drafts, and how much; by default `lossless` weighs their cost against the routers' gates,
+            and `fast` asks the heads whose gate is open.
         stop_strings: texts that end a row, found with the tokenizer.
         tokenizer: the backbone's own; needed for stop strings alone.
         streamer: receives tokens as they are decided; batch of 1 only, as in transformers.
@@ -108,9 +130,11 @@ def generate(
             raise ValueError("stop_strings are given without the tokenizer to find them with. Pass tokenizer as well.")
         # transformers 5.23 hands the tokenizer to none but its own loops, so the criterion is made here.
         criteria.append(StopStringCriteria(tokenizer, stop_strings))
+    if sources is None:
+        sources = ALL_SOURCES if mode == "lossless" else ("heads",)
     if plan is None:
-        plan = Planner(costs_of(model, batch_size=len(input_ids))) if mode == "lossless" else OpenGates()
-    loop = DecodingLoop(model, plan, verified=mode == "lossless", streamer=streamer)
+        plan = Planner(costs_of(model, sources, batch_size=len(input_ids))) if mode == "lossless" else OpenGates()
+    loop = DecodingLoop(sources_of(model, sources), plan, verified=mode == "lossless", streamer=streamer)
     where = model.backbone_device
     if settings.get("attention_mask") is not None:
         settings["attention_mask"] = settings["attention_mask"].to(where)
@@ -124,8 +148,8 @@ class DecodingLoop:
     """The inner loop of `generate`, to be given to it as `custom_generate`.
 
     Args:
-        model: heads, router and backbone.
-        plan: how many heads draft.
+        sources: what may draft.
+        plan: which of them drafts, and how much.
         verified: whether the backbone checks the drafts.
         streamer: receives tokens as they are decided; the prompt comes from `generate` itself.
 
@@ -133,9 +157,14 @@ class DecodingLoop:
     """
 
     def __init__(
-        self, model: MultiTokenMoE, plan: Plan, *, verified: bool = True, streamer: BaseStreamer | None = None
+        self,
+        sources: Sequence[DraftSource],
+        plan: Plan,
+        *,
+        verified: bool = True,
+        streamer: BaseStreamer | None = None,
     ) -> None:
-        self.model = model
+        self.sources = {source.name: source for source in sources}
         self.plan = plan
         self.verified = verified
         self.streamer = streamer
@@ -159,20 +188,26 @@ class DecodingLoop:
         _check_settings(generation_config, model_kwargs)
         model_kwargs.pop("synced_gpus", None)
         model_kwargs.pop("streamer", None)
-        num_heads = self.model.config.num_heads
-        self.report = Report(rows=len(input_ids), drafted=[0] * num_heads, accepted=[0] * num_heads)
+        self.report = Report(
+            rows=len(input_ids),
+            sources={
+                name: Record([0] * source.longest, [0] * source.longest) for name, source in self.sources.items()
+            },
+        )
+        for source in self.sources.values():
+            source.start(input_ids)
         rows = GrowingRows(input_ids, logits_processor, stopping_criteria, generation_config)
         with backbone_passes(backbone, input_ids, model_kwargs) as passes:
             going = rows.add(*rows.choose(passes.read_prompt()))
             state_BD = passes.state_at(-1)
             self._stream(rows, 1)
             while going:
-                draft_BK = self._draft(state_BD, rows)
-                logits_BQV = passes.read(torch.cat([rows.last_B[:, None], draft_BK], dim=1))
-                num_stood, going = self._settle(rows, draft_BK, logits_BQV)
+                draft = self._draft(state_BD, rows)
+                logits_BQV = passes.read(torch.cat([rows.last_B[:, None], draft.tokens_BK], dim=1))
+                num_stood, going = self._settle(rows, draft, logits_BQV)
                 state_BD = passes.state_at(num_stood)
-                passes.forget(draft_BK.shape[1] - num_stood)
-                self.plan.record(draft_BK.shape[1], num_stood + 1)
+                passes.forget(draft.num_tokens - num_stood)
+                self.plan.record(Choice(draft.source, draft.num_tokens), num_stood + 1)
                 self._stream(rows, num_stood + 1)
         self.report.passes, self.report.tokens = passes.num_passes, rows.num_new_tokens
         if self.streamer is not None:
@@ -181,34 +216,39 @@ class DecodingLoop:
             return GenerateDecoderOnlyOutput(sequences=rows.ids_BL, past_key_values=passes.cache)
         return rows.ids_BL
 
-    def _draft(self, state_BD: Tensor, rows: GrowingRows) -> Tensor:
-        """[B, K] what the heads say next."""
-        gates_BH = gates_of(self.model.router(state_BD.to(self.model.device, self.model.dtype)))
-        # One token less than there is room for: the pass itself adds one.
-        num_drafts = min(self.plan.choose(gates_BH[rows.live_B.to(gates_BH.device)]), rows.room - 1)
-        return draft(self.model, state_BD, rows.last_B, num_drafts)
+    def _draft(self, state_BD: Tensor, rows: GrowingRows) -> Draft:
+        """What the source that the plan takes says next."""
+        gates = {}
+        for name, source in self.sources.items():
+            gates_BK = source.gates(state_BD, rows.ids_BL)
+            # One token less than there is room for: the pass itself adds one.
+            gates[name] = gates_BK[rows.live_B.to(gates_BK.device), : rows.room - 1]
+        choice = self.plan.choose(gates)
+        if choice.source is None:
+            return Draft(None, rows.last_B.new_empty(len(rows.last_B), 0))
+        return Draft(choice.source, self.sources[choice.source].write(state_BD, rows.last_B, choice.num_drafts))
 
-    def _settle(self, rows: GrowingRows, draft_BK: Tensor, logits_BQV: Tensor) -> tuple[int, bool]:
+    def _settle(self, rows: GrowingRows, draft: Draft, logits_BQV: Tensor) -> tuple[int, bool]:
         """Add to the rows what a pass decided.
 
         Returns:
             How many drafts stood with more to follow, so that one token more than that was added; and whether any row
             goes on.
         """
-        num_drafts = draft_BK.shape[1]
-        for place in range(num_drafts):
-            self.report.drafted[place] += 1
+        for place in range(draft.num_tokens):
+            record = self.report.sources[draft.source]
+            record.drafted[place] += 1
             chosen_B, scores_BV = rows.choose(logits_BQV[:, place])
             agrees = True
             if self.verified:
-                agrees = rows.agree(chosen_B, draft_BK[:, place])
+                agrees = rows.agree(chosen_B, draft.tokens_BK[:, place])
             else:
-                chosen_B = rows.pad_finished(draft_BK[:, place])
-            self.report.accepted[place] += agrees
+                chosen_B = rows.pad_finished(draft.tokens_BK[:, place])
+            record.accepted[place] += agrees
             going = rows.add(chosen_B, scores_BV)
             if not (agrees and going):
                 return place, going
-        return num_drafts, rows.add(*rows.choose(logits_BQV[:, num_drafts]))
+        return draft.num_tokens, rows.add(*rows.choose(logits_BQV[:, -1]))
 
     def _stream(self, rows: GrowingRows, num_tokens: int) -> None:
         if self.streamer is not None:
@@ -216,31 +256,30 @@ class DecodingLoop:
 
 
 @torch.inference_mode()
-def costs_of(model: MultiTokenMoE, *, batch_size: int = 1) -> PassCosts:
+def costs_of(model: MultiTokenMoE, sources: Sequence[SourceName] = ALL_SOURCES, *, batch_size: int = 1) -> PassCosts:
     """Measure c(k), drafting included, of a model where it is, behind a short text of arbitrary tokens."""
-    text_BL = torch.arange(COST_CONTEXT, device=model.backbone_device).repeat(batch_size, 1) % model.off_id
+    text_BL = torch.arange(COST_CONTEXT, device=model.backbone_device).repeat(batch_size, 1) % COST_PERIOD
+    held = {source.name: source for source in sources_of(model, sources)}
     cache = DynamicCache(config=model.backbone.config)
     with backbone_passes(model.backbone, text_BL, {"past_key_values": cache}) as passes:
         passes.read_prompt()
         state_BD = passes.state_at(-1)
+        for source in held.values():
+            source.start(text_BL)
 
-        def run_pass(num_drafts: int) -> None:
-            _one_turn(model, passes, state_BD, text_BL, num_drafts)
+        def run_pass(name: SourceName, num_drafts: int) -> None:
+            """What a turn of the loop does on the device, with nothing kept."""
+            for source in held.values():
+                source.gates(state_BD, text_BL).tolist()
+            if num_drafts:
+                held[name].write(state_BD, text_BL[:, -1], num_drafts).tolist()
+            # Arbitrary tokens in place of the draft, which may be shorter where a head is OFF.
+            read_BQ = text_BL[:, :1].expand(-1, num_drafts + 1)
+            passes.read(read_BQ).argmax(dim=-1).tolist()
+            wait_for(model.backbone_device)
+            passes.forget(num_drafts + 1)
 
-        return measure_costs(run_pass, model.config.num_heads)
-
-
-def _one_turn(
-    model: MultiTokenMoE, passes: BackbonePasses, state_BD: Tensor, text_BL: Tensor, num_drafts: int
-) -> None:
-    """What a turn of the loop does on the device, with nothing kept."""
-    gates_of(model.router(state_BD.to(model.device, model.dtype))).tolist()
-    drafted_BK = draft(model, state_BD, text_BL[:, -1], num_drafts)
-    # Arbitrary tokens in place of the draft, which may be shorter where a head is OFF.
-    passes.read(text_BL[:, : num_drafts + 1]).argmax(dim=-1).tolist()
-    drafted_BK.tolist()
-    wait_for(model.backbone_device)
-    passes.forget(num_drafts + 1)
+        return measure_costs(run_pass, {name: source.longest for name, source in held.items()})
 
 
 def _check_settings(settings: GenerationConfig, model_kwargs: dict[str, Any]) -> None:

@@ -88,6 +88,10 @@ class TokenHeads(nn.Module):
         return self.blocks[place](state_ND if self.kind == "sequential" else first_ND, token_ND)
 
     def logits(self, place: int, state_ND: Tensor, lm_head: Callable[[Tensor], Tensor]) -> Tensor:
-        """[N, V + 1] scores of head `place`, float32; the last column is OFF."""
+        """[N, V + 1] scores of head `place`, float32; the last column is OFF.
+
+        Args:
+            lm_head: the backbone's; or its rows of some tokens, as many columns then.
+        """
         off_N1 = self.blocks[place].off(state_ND)
         return torch.cat([lm_head(state_ND).float(), off_N1.float()], dim=-1)

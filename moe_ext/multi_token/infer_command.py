@@ -37,7 +37,8 @@ def infer(options: InferOptions) -> None:
         "tokenizer": tokenizer,
         **sampling,
     }
-    plan = Planner(costs_of(model)) if options.mode == "lossless" else OpenGates()
+    asked["sources"] = ("heads", "copies") if options.copy and options.mode == "lossless" else ("heads",)
+    plan = Planner(costs_of(model, asked["sources"])) if options.mode == "lossless" else OpenGates()
     start = perf_counter()
     streamer = TextStreamer(tokenizer, skip_prompt=as_question, skip_special_tokens=True)
     decoding = generate(model, prompt_BL, mode=options.mode, plan=plan, streamer=streamer, **asked)

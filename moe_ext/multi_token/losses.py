@@ -1,15 +1,16 @@
 """What heads and router are trained on.
 
-The heads: mean negative log-likelihood of the targets of those that are on. The router: four terms on its logits r and
-gates g (see router.py), each a mean over positions.
+The heads: mean negative log-likelihood of the targets of those that are on. The routers: five terms on their logits r
+and gates g (see router.py), each a mean over positions.
 
 - bce: sigmoid(r_j) against whether head j was right, where all it read was the text.
+- copy_bce: the same for the copy router and copied tokens.
 - balance: H sum_j f_j P_j with f_j the share of head j in what is on and P_j its share of the gates' sum; 1 when all
   heads are used alike (Fedus et al. 2021, arXiv:2101.03961, equation 4).
 - entropy: of the gates as yes-or-no choices, in nats; less of it makes them decide.
 - budget: the square of what the gates of a position add up to beyond the heads that may be on.
 
-Shape letters: N positions, H heads.
+Shape letters: N positions, H heads, K copied tokens.
 """
 
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from moe_ext.multi_token.router import gates_of
 
 @dataclass(frozen=True, kw_only=True)
 class LossWeights:
-    """How much each of the router's losses counts beside that of the heads."""
+    """How much each of the routers' losses counts beside that of the heads."""
 
     bce: float
     balance: float
@@ -31,9 +32,9 @@ class LossWeights:
     budget: float
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
-        """The weighted sum of what `router_losses` gives."""
+        """The weighted sum of what `router_losses` gives, and of `copy_bce`."""
         return (
-            self.bce * losses["bce"]
+            self.bce * (losses["bce"] + losses["copy_bce"])
             + self.balance * losses["balance"]
             + self.entropy * losses["entropy"]
             + self.budget * losses["budget"]
@@ -70,3 +71,15 @@ def router_losses(
         "entropy": entropy_NH.mean(),
         "budget": (gates_NH.sum(dim=1) - budget).clamp(min=0).square().mean(),
     }
+
+
+def copy_loss(logits_NK: Tensor, right_NK: Tensor, judged_NK: Tensor) -> Tensor:
+    """The copy router's binary cross-entropy.
+
+    Args:
+        logits_NK: its own.
+        right_NK: whether the copied token was right.
+        judged_NK: where that can be said, and all before it were.
+    """
+    bce_NK = binary_cross_entropy_with_logits(logits_NK, right_NK.float(), reduction="none")
+    return torch.where(judged_NK, bce_NK, 0.0).sum() / judged_NK.sum().clamp(min=1)

@@ -5,9 +5,10 @@
     tokens = generate(model, input_ids, max_new_tokens=100)          # generation.py
 
 Shape letters: B rows, L tokens, W window places (head j's at j, the backbone's own at 0), D hidden size, H heads,
-V vocabulary.
+V vocabulary, C classes that heads choose among (vocabulary.py), K copied tokens.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -18,9 +19,11 @@ from transformers import PreTrainedModel
 
 from foundation.packing import IGNORED_LABEL
 from moe_ext.multi_token.backbone import check_backbone, states_of
+from moe_ext.multi_token.copying import copies_everywhere, judge_copies
 from moe_ext.multi_token.heads import HeadKind, TokenHeads
-from moe_ext.multi_token.losses import LossWeights, head_loss, router_losses
-from moe_ext.multi_token.router import HeadRouter, gates_of
+from moe_ext.multi_token.losses import LossWeights, copy_loss, head_loss, router_losses
+from moe_ext.multi_token.router import CopyRouter, HeadRouter, gates_of
+from moe_ext.multi_token.vocabulary import DraftVocabulary, draft_vocabulary
 from moe_ext.multi_token.windows import window_targets
 
 Stage = Literal["heads", "router"]
@@ -34,6 +37,10 @@ class MultiTokenConfig:
         num_heads: H, tokens that can be drafted beyond the backbone's own.
         k_max: heads that are on at a position, on average, when stage 2 ends.
         head_width: numbers in a head's inner layer, in multiples of the hidden size.
+        draft_vocabulary: frequent tokens among which heads choose; None: all.
+        max_copy: tokens that can be copied from the text in one draft.
+        teacher_forcing_end: probability, when stage 2 ends, that a head reads the text's token rather than a draft. 0
+            suits `fast`; what follows a wrong draft is nothing to `lossless`, which 1 suits.
         kind: `sequential` heads read the tokens drafted before them; `independent` ones are there for comparison.
         w_bce: weight of the router's binary cross-entropy.
         w_lb: of its load balance.
@@ -44,6 +51,9 @@ class MultiTokenConfig:
     num_heads: int = 3
     k_max: int = 2
     head_width: int = 4
+    draft_vocabulary: int | None = None
+    max_copy: int = 16
+    teacher_forcing_end: float = 0.0
     kind: HeadKind = "sequential"
     w_bce: float = 1.0
     w_lb: float = 0.2
@@ -58,8 +68,14 @@ class MultiTokenConfig:
                 f"k_max is {self.k_max}, but must lie between 1 and heads ({self.num_heads}): no more heads can be on "
                 "than there are. Lower k_max or raise heads."
             )
-        if self.head_width < 1:
-            raise ValueError(f"head_width is {self.head_width}, but must be at least 1.")
+        for name in ("head_width", "draft_vocabulary", "max_copy"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, but must be at least 1.")
+        if not 0 <= self.teacher_forcing_end <= 1:
+            raise ValueError(
+                f"teacher_forcing_end is {self.teacher_forcing_end}, but a probability must lie between 0 and 1."
+            )
         if self.kind not in ("sequential", "independent"):
             raise ValueError(f"kind is '{self.kind}', but must be sequential or independent.")
         for name in ("w_bce", "w_lb", "w_ent", "w_budget"):
@@ -111,7 +127,12 @@ class MultiTokenMoE(nn.Module):
                 f"{backbone.config.get_text_config().hidden_size}; heads need both alike. Take another backbone."
             )
         self.heads = TokenHeads(config.num_heads, hidden_size, config.head_width * hidden_size, config.kind)
+        size = min(config.draft_vocabulary or self.off_id, self.off_id)
+        # A buffer, so that it is saved with the heads; training puts the frequent tokens in (`draft_only`).
+        chosen = config.draft_vocabulary is not None
+        self.heads.register_buffer("drafted_tokens", torch.arange(size), persistent=chosen)
         self.router = HeadRouter(hidden_size, hidden_size, config.num_heads)
+        self.copy_router = CopyRouter(hidden_size, hidden_size, config.max_copy)
         self.training_state = Training()
 
     @property
@@ -154,6 +175,16 @@ class MultiTokenMoE(nn.Module):
         layer = self.backbone.get_output_embeddings()
         return layer(state_ND.to(self.backbone_device, layer.weight.dtype)).to(self.device)
 
+    def draft_only(self, token_S: Tensor) -> None:
+        """Let heads choose among these tokens; as many as `draft_vocabulary` says."""
+        self.heads.drafted_tokens.copy_(token_S)
+
+    def vocabulary(self) -> DraftVocabulary:
+        """The tokens that heads choose among, and their rows of the lm_head."""
+        return draft_vocabulary(
+            self.heads.drafted_tokens, self.off_id, self.backbone.get_output_embeddings(), self.lm_head
+        )
+
     def states(self, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> Tensor:
         """[B, L, D] the backbone's states, where the heads are."""
         where = self.backbone_device
@@ -170,7 +201,7 @@ class MultiTokenMoE(nn.Module):
 
         Returns:
             `loss`, and its parts by name: `head_loss`, `right` (share of heads that are right where those before them
-            are), and in stage `router` the router's losses.
+            are), and in stage `router` the routers' losses.
         """
         now = self.training_state
         state_BLD = self.states(input_ids, attention_mask)
@@ -182,9 +213,9 @@ class MultiTokenMoE(nn.Module):
         state_ND, targets_NW = state_BLD[learnt_BL], targets_BLW[learnt_BL]
         nll_NH, right_NH, read_truth_NH = self.read_windows(state_ND, targets_NW, now.teacher_forcing)
         router_logits_NH = self.router(state_ND)
-        known_NH = targets_NW[:, 1:] != IGNORED_LABEL
-        judged_NH = read_truth_NH & known_NH
-        on_NH = heads_on(gates_of(router_logits_NH.detach()), now.heads_on) & known_NH
+        judged_NH = read_truth_NH & (targets_NW[:, 1:] != IGNORED_LABEL)
+        drafted_NH = self.vocabulary().classes(targets_NW[:, 1:]) != IGNORED_LABEL
+        on_NH = heads_on(gates_of(router_logits_NH.detach()), now.heads_on) & drafted_NH
         parts = {
             "head_loss": head_loss(nll_NH, on_NH),
             "right": (right_NH & judged_NH).sum() / judged_NH.sum().clamp(min=1),
@@ -194,7 +225,24 @@ class MultiTokenMoE(nn.Module):
         routed = router_losses(
             router_logits_NH, right_NH=right_NH, judged_NH=judged_NH, on_NH=on_NH, budget=now.heads_on
         )
+        matched_N, right_NK, judged_NK = self.copies(input_ids, labels, learnt_BL)
+        routed["copy_bce"] = copy_loss(self.copy_router(state_ND, matched_N), right_NK, judged_NK)
         return {"loss": parts["head_loss"] + self.config.loss_weights.total(routed), **parts, **routed}
+
+    def copies(self, input_ids_BL: Tensor, labels_BL: Tensor, learnt_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What would be copied at the N positions that are learnt: matched_N, right_NK, judged_NK (copying.py)."""
+        matched_BL, copied_BLK = copies_everywhere(input_ids_BL, self.config.max_copy)
+        right_BLK, judged_BLK = judge_copies(copied_BLK, labels_BL)
+        where = learnt_BL.to(input_ids_BL.device)
+        return tuple(each[where].to(self.device) for each in (matched_BL, right_BLK, judged_BLK))
+
+    def count_copies(self, rows: Sequence[dict[str, list[int]]]) -> None:
+        """Let the copy router begin with how often copies stand in these rows."""
+        parts = []
+        for row in rows:
+            tokens_1L, labels_1L = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+            parts.append(self.copies(tokens_1L, labels_1L, torch.ones_like(tokens_1L, dtype=torch.bool)))
+        self.copy_router.count(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
     def read_windows(
         self, state_ND: Tensor, targets_NW: Tensor, teacher_forcing: float
@@ -207,9 +255,10 @@ class MultiTokenMoE(nn.Module):
             teacher_forcing: probability that a head reads the text's token rather than the draft of the head before.
 
         Returns:
-            The negative log-likelihood of each head's target (0 where it is -100), whether the head drafts its target,
-            and whether all that it has read of the window is the text's; each [N, H].
+            The negative log-likelihood of each head's target (0 where it is -100 or never drafted), whether the head
+            drafts its target, and whether all that it has read of the window is the text's; each [N, H].
         """
+        vocabulary = self.vocabulary()
         nll, right, read_truth = [], [], []
         first_ND = state_ND
         token_N = targets_NW[:, 0]
@@ -220,16 +269,18 @@ class MultiTokenMoE(nn.Module):
             # OFF, and what is not known, reads as zeros.
             token_ND = self.embed(torch.where(known_N, token_N, 0)) * known_N[:, None]
             state_ND = self.heads.step(place, first_ND, state_ND, token_ND)
-            logits_NV = self.heads.logits(place, state_ND, self.lm_head)
-            nll.append(cross_entropy(logits_NV, target_N, ignore_index=IGNORED_LABEL, reduction="none"))
+            logits_NC = self.heads.logits(place, state_ND, vocabulary.score)
+            class_N = vocabulary.classes(target_N)
+            nll.append(cross_entropy(logits_NC, class_N, ignore_index=IGNORED_LABEL, reduction="none"))
             # Compared with the highest score, which is found in a tenth of the time of its place.
-            score_N = logits_NV.detach().gather(1, target_N.clamp(min=0)[:, None])[:, 0]
-            right.append((score_N == logits_NV.detach().amax(dim=-1)) & (target_N != IGNORED_LABEL))
+            score_N = logits_NC.detach().gather(1, class_N.clamp(min=0)[:, None])[:, 0]
+            right.append((score_N == logits_NC.detach().amax(dim=-1)) & (class_N != IGNORED_LABEL))
             read_truth.append(truth_N)
             token_N = target_N
             if teacher_forcing < 1:
                 taught_N = torch.rand(target_N.shape, device=target_N.device) < teacher_forcing
-                token_N = torch.where(taught_N, target_N, logits_NV.detach().argmax(dim=-1))
+                drafted_N = vocabulary.token_C[logits_NC.detach().argmax(dim=-1)]
+                token_N = torch.where(taught_N, target_N, drafted_N)
             truth_N = truth_N & (token_N == target_N) & (target_N != IGNORED_LABEL)
         return torch.stack(nll, dim=1), torch.stack(right, dim=1), torch.stack(read_truth, dim=1)
 

@@ -46,6 +46,14 @@ class TrainOptions:
     )
     max_rows: int | None = field(default=None, metadata={"help": "Train on a random choice of so many rows."})
     head_width: int = field(default=4, metadata={"help": "Inner layer of a head, in multiples of the hidden size."})
+    draft_vocabulary: int | None = field(
+        default=None, metadata={"help": "Heads choose among so many tokens, the most frequent; by default all."}
+    )
+    max_copy: int = field(default=16, metadata={"help": "Tokens that can be copied from the text in one draft."})
+    teacher_forcing_end: float = field(
+        default=0.0,
+        metadata={"help": "Teacher forcing at the end of stage 2: 0 suits fast, 1 lossless."},
+    )
     kind: HeadKind = field(
         default="sequential", metadata={"help": "Heads that read drafted tokens, or Medusa's that do not."}
     )
@@ -83,6 +91,9 @@ class TrainOptions:
             num_heads=self.heads,
             k_max=self.k_max,
             head_width=self.head_width,
+            draft_vocabulary=self.draft_vocabulary,
+            max_copy=self.max_copy,
+            teacher_forcing_end=self.teacher_forcing_end,
             kind=self.kind,
             w_bce=self.w_bce,
             w_lb=self.w_lb,
@@ -102,6 +113,7 @@ class InferOptions:
     mode: Mode = field(
         default="lossless", metadata={"help": "lossless: the backbone's own output; fast: drafts unread."}
     )
+    copy: bool = field(default=True, metadata={"help": "In lossless mode also draft by copying from the text."})
     model: str | None = field(default=None, metadata={"help": "Another name or place of the same backbone."})
     as_question: bool | None = field(
         default=None,

@@ -1,100 +1,150 @@
-"""How many heads draft in a pass: as many as the tokens they promise are worth the time they take.
+"""Which source drafts in a pass, and how much: as many tokens as are worth the time they take, from the best source.
 
-A pass that drafts and checks k tokens takes c(k) and gives 1 + sum_{j<=k} g_j tokens (g: the router's gates). The most
-tokens a second in the long run come from the k with the highest
+A pass that drafts and checks k tokens takes c(k) and gives 1 + sum_{j<=k} g_j tokens (g: the router's gates; c: of the
+source). The most tokens a second in the long run come from the source and the k with the highest
 
     1 + sum_{j<=k} g_j  -  rate * c(k)
 
 where `rate` is the tokens a second reached so far: time is worth what it has yielded up to now (renewal reward; solved
-step by step as Dinkelbach 1967 solves a ratio). Where no draft is worth its time, k is 0.
+step by step as Dinkelbach 1967 solves a ratio). Where no draft is worth its time, k is 0. A source whose drafts stood
+less often than its gates had promised is believed that much less.
 
-Shape letters: B rows, H heads.
+Shape letters: B rows, K drafts of a source.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
+from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from moe_ext.multi_token.sources import SourceName
+
 WARM_UP = 2
+PROMISED = 8.0  # tokens after which a source's own record counts as much as its gates
 
 
 @dataclass(frozen=True)
 class PassCosts:
-    """c(k): milliseconds of a pass that drafts and checks k tokens, for k = 0..H."""
+    """c(k) of each source: milliseconds of a pass that drafts and checks k tokens, for k = 0, 1, ..."""
 
-    ms: tuple[float, ...]
+    ms: dict[SourceName, tuple[float, ...]]
+
+    def of(self, names: Sequence[SourceName]) -> "PassCosts":
+        """Those of some sources."""
+        return PassCosts({name: self.ms[name] for name in names})
 
 
-def measure_costs(run_pass: Callable[[int], None], num_heads: int, *, rounds: int = 8) -> PassCosts:
-    """Time passes of every length, in turns, and take medians.
+@dataclass(frozen=True)
+class Choice:
+    """Which source drafts, and how many tokens; None and 0 where none does."""
+
+    source: SourceName | None = None
+    num_drafts: int = 0
+
+
+def measure_costs(
+    run_pass: Callable[[SourceName, int], None], longest: Mapping[SourceName, int], *, rounds: int = 8
+) -> PassCosts:
+    """Time passes of many lengths, in turns, and take the fastest; what lies between two lengths is interpolated.
+
+    The fastest, because whatever else runs on the machine only ever adds to a time.
 
     Args:
-        run_pass: drafts and checks so many tokens, and waits until that is done.
-        num_heads: H.
+        run_pass: drafts so many tokens by a source and checks them, and waits until that is done.
+        longest: most tokens of each source.
         rounds: passes of each length.
     """
-    taken: list[list[float]] = [[] for _ in range(num_heads + 1)]
+    # Short passes differ in what a token costs, long ones little: 0, 1, 2, 3, 4, 6, 8, 12, 16, 24 ...
+    steps = [0, 1, *(size for power in range(1, 16) for size in (2**power, 3 * 2 ** (power - 1)))]
+    lengths = {name: sorted({*(step for step in steps if step < most), most}) for name, most in longest.items()}
+    taken: dict[tuple[SourceName, int], list[float]] = {}
     for turn in range(WARM_UP + rounds):
-        for drafted in range(num_heads + 1):
-            start = time.perf_counter()
-            run_pass(drafted)
-            if turn >= WARM_UP:
-                taken[drafted].append(1e3 * (time.perf_counter() - start))
-    return PassCosts(tuple(median(times) for times in taken))
+        for name, sizes in lengths.items():
+            for size in sizes:
+                start = time.perf_counter()
+                run_pass(name, size)
+                if turn >= WARM_UP:
+                    taken.setdefault((name, size), []).append(1e3 * (time.perf_counter() - start))
+    return PassCosts(
+        {
+            name: tuple(
+                np.interp(range(longest[name] + 1), sizes, [min(taken[name, size]) for size in sizes]).tolist()
+            )
+            for name, sizes in lengths.items()
+        }
+    )
 
 
 class Planner:
-    """Chooses how many heads draft, and learns what time is worth.
+    """Chooses what drafts, and learns what time is worth and how far each source is to be believed.
 
     Args:
-        costs: c(k) on this device.
+        costs: c(k) on this device, of every source.
     """
 
     def __init__(self, costs: PassCosts) -> None:
         self.costs = costs
         # One plain pass to begin with: time is worth at least what plain decoding yields.
-        self.tokens, self.ms = 1.0, costs.ms[0]
+        self.plain_ms = min(ms[0] for ms in costs.ms.values())
+        self.tokens, self.ms = 1.0, self.plain_ms
+        self.promised = dict.fromkeys(costs.ms, PROMISED)
+        self.stood = dict.fromkeys(costs.ms, PROMISED)
+        self.expected = 0.0
 
-    def choose(self, gates_BH: Tensor) -> int:
-        """How many heads draft now; a batch goes on by as many tokens as all its rows accept.
+    def choose(self, gates: Mapping[SourceName, Tensor]) -> Choice:
+        """What drafts now; a batch goes on by as many tokens as all its rows accept.
 
         Args:
-            gates_BH: of the rows that still go on.
+            gates: [B, K] of each source, of the rows that still go on.
         """
-        gates = gates_BH.prod(dim=0).tolist()
         rate = self.tokens / self.ms
-        best, best_worth, expected = 0, 1.0 - rate * self.costs.ms[0], 1.0
-        for drafted, gate in enumerate(gates, start=1):
-            expected += gate
-            worth = expected - rate * self.costs.ms[drafted]
-            if worth > best_worth:
-                best, best_worth = drafted, worth
+        best, best_worth, self.expected = Choice(), 1.0 - rate * self.plain_ms, 0.0
+        for name, gates_BK in gates.items():
+            belief = self.stood[name] / self.promised[name]
+            promises = accumulate(gates_BK.prod(dim=0).tolist())
+            for num_drafts, promised in enumerate(promises, start=1):
+                worth = 1.0 + belief * promised - rate * self.costs.ms[name][num_drafts]
+                if worth > best_worth:
+                    best, best_worth, self.expected = Choice(name, num_drafts), worth, promised
         return best
 
-    def record(self, drafted: int, tokens: int) -> None:
-        """Note what a pass with so many drafts gave."""
+    def record(self, choice: Choice, tokens: int) -> None:
+        """Note what a pass gave.
+
+        Args:
+            choice: as `choose` gave it; of a draft that was cut short, what was checked of it.
+            tokens: new ones, the pass's own included.
+        """
         self.tokens += tokens
-        self.ms += self.costs.ms[drafted]
+        if choice.source is None:
+            self.ms += self.plain_ms
+            return
+        self.ms += self.costs.ms[choice.source][choice.num_drafts]
+        self.promised[choice.source] += self.expected
+        self.stood[choice.source] += tokens - 1
 
 
 class FixedPlan:
-    """The same number of drafts in every pass.
+    """The same number of drafts of one source in every pass, or as many as it has.
 
     Args:
-        drafted: how many.
+        num_drafts: how many.
+        source: which drafts.
     """
 
-    def __init__(self, drafted: int) -> None:
-        self.drafted = drafted
+    def __init__(self, num_drafts: int, source: SourceName = "heads") -> None:
+        self.num_drafts = num_drafts
+        self.source: SourceName = source
 
-    def choose(self, gates_BH: Tensor) -> int:
-        return self.drafted
+    def choose(self, gates: Mapping[SourceName, Tensor]) -> Choice:
+        num_drafts = min(self.num_drafts, gates[self.source].shape[1])
+        return Choice(self.source, num_drafts) if num_drafts else Choice()
 
-    def record(self, drafted: int, tokens: int) -> None:
+    def record(self, choice: Choice, tokens: int) -> None:
         """Nothing is learnt."""
 
 
@@ -108,10 +158,11 @@ class OpenGates:
     def __init__(self, threshold: float = 0.5) -> None:
         self.threshold = threshold
 
-    def choose(self, gates_BH: Tensor) -> int:
-        return int((gates_BH > self.threshold).all(dim=0).sum())
+    def choose(self, gates: Mapping[SourceName, Tensor]) -> Choice:
+        num_drafts = int((gates["heads"] > self.threshold).all(dim=0).sum())
+        return Choice("heads", num_drafts) if num_drafts else Choice()
 
-    def record(self, drafted: int, tokens: int) -> None:
+    def record(self, choice: Choice, tokens: int) -> None:
         """Nothing is learnt."""
 
 

@@ -3,11 +3,13 @@
 config.json            MultiTokenConfig
 heads.safetensors      (an older folder's heads.pt is read as well, with weights_only=True)
 router.safetensors     (or router.pt)
+copy_router.safetensors (an older folder has none)
 moe_meta.json          which backbone, which stage, which training
 tokenizer files        the backbone's own
 """
 
 import json
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -24,6 +26,8 @@ from foundation.base_model import Quantization, load_base_model
 from foundation.whole_files import whole_folder, write_json
 from moe_ext.multi_token.model import MultiTokenConfig, MultiTokenMoE
 from moe_ext.multi_token.placement import place
+
+logger = logging.getLogger(__name__)
 
 CONFIG, META = "config.json", "moe_meta.json"
 
@@ -95,6 +99,9 @@ def onto(backbone: PreTrainedModel, folder: Path, *, config: MultiTokenConfig, m
         raise ValueError(f"{folder}: {other}") from other
     model = MultiTokenMoE(backbone, config)
     for part_name, part in _parts(model).items():
+        if part_name == "copy_router" and not any(folder.glob("copy_router.*")):
+            logger.warning("%s is older than copies: how far these stand is only learnt while generating", folder)
+            continue
         _fill(part, _read_tensors(folder, part_name), folder, part_name)
     return model
 
@@ -119,7 +126,7 @@ def read_config(folder: Path) -> MultiTokenConfig:
 
 
 def _parts(model: MultiTokenMoE) -> dict[str, nn.Module]:
-    return {"heads": model.heads, "router": model.router}
+    return {"heads": model.heads, "router": model.router, "copy_router": model.copy_router}
 
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:

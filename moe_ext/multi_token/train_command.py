@@ -22,12 +22,14 @@ from moe_ext.multi_token.ppo import PPOSettings, train_ppo
 from moe_ext.multi_token.self_distill import continue_prompts
 from moe_ext.multi_token.storage import Meta, onto, read_config, read_meta, save
 from moe_ext.multi_token.training import StageSettings, train_stage
+from moe_ext.multi_token.vocabulary import most_frequent
 
 logger = logging.getLogger(__name__)
 
 RUN = "run.json"
 CONTINUATIONS = "continuations"
 PART = 1024  # prompts that are continued, and kept, together
+COUNTED_ROWS = 500  # in which it is counted how often copies stand
 # What a run may be continued with although it differs: none of it changes a number.
 FREE_OPTIONS = ("out", "save_steps", "logging_steps")
 
@@ -56,6 +58,9 @@ def train(options: TrainOptions) -> Path:
     if rows is None:
         rows = _continuations(options, source, model, tokenizer, out / CONTINUATIONS)
     logger.info("%d rows, %d tokens", len(rows), sum(map(len, rows["input_ids"])))
+    if options.draft_vocabulary is not None:
+        model.draft_only(most_frequent(rows["labels"], model.off_id, options.draft_vocabulary))
+    model.count_copies([rows[place] for place in range(min(len(rows), COUNTED_ROWS))])
     stages: list[tuple[str, Stage, float]] = [("s1", "heads", options.stage1_epochs)]
     if options.stage2_epochs > 0:
         stages.append(("s2", "router", options.stage2_epochs))

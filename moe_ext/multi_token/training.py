@@ -60,7 +60,8 @@ def train_stage(model: MultiTokenMoE, rows: Dataset, settings: StageSettings, fo
     Returns:
         The mean loss, in nats.
     """
-    model.router.requires_grad_(settings.stage == "router")
+    for router in (model.router, model.copy_router):
+        router.requires_grad_(settings.stage == "router")
     on_gpu = torch.cuda.is_available()
     steps = max(1, round(settings.epochs * -(-len(rows) // settings.batch)))
     arguments = TrainingArguments(
@@ -128,7 +129,7 @@ def at_progress(stage: Stage, progress: float, config) -> Training:
         return Training(stage="heads", teacher_forcing=1.0, heads_on=config.num_heads)
     return Training(
         stage="router",
-        teacher_forcing=1.0 - progress,
+        teacher_forcing=1.0 + progress * (config.teacher_forcing_end - 1.0),
         heads_on=config.num_heads + progress * (config.k_max - config.num_heads),
     )
 

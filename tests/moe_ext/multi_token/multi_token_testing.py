@@ -71,26 +71,37 @@ def make_model(family: str = "llama", *, num_heads: int = 3, seed: int = 0, **se
     return model.eval()
 
 
-class OracleLoop(DecodingLoop):
+class OracleSource:
     """Drafts what is known to come, each token wrong with some probability.
 
     Args:
-        model: its backbone verifies.
         future_BL: sequences the backbone is known to write.
         wrong: probability that a drafted token is another one.
+        longest: tokens of a draft.
     """
 
-    def __init__(self, model: MultiTokenMoE, future_BL: Tensor, *, wrong: float, drafted: int = 3, **settings) -> None:
-        super().__init__(model, FixedPlan(drafted), **settings)
+    name = "heads"
+
+    def __init__(self, future_BL: Tensor, *, wrong: float, longest: int) -> None:
         self.future_BL = future_BL
         self.wrong = wrong
+        self.longest = longest
         self.generator = torch.Generator().manual_seed(0)
 
-    def _draft(self, state_BD, rows):
-        start = rows.ids_BL.shape[1]
-        drafted = min(self.plan.choose(None), rows.room - 1)
-        draft_BK = self.future_BL[:, start : start + drafted]
-        missing = drafted - draft_BK.shape[1]
-        draft_BK = torch.nn.functional.pad(draft_BK, (0, missing), value=5)
+    def start(self, ids_BL):
+        self.place = ids_BL.shape[1]
+
+    def gates(self, state_BD, ids_BL):
+        self.place = ids_BL.shape[1]
+        return torch.ones(len(ids_BL), self.longest)
+
+    def write(self, state_BD, token_B, num_drafts):
+        draft_BK = self.future_BL[:, self.place : self.place + num_drafts]
+        draft_BK = torch.nn.functional.pad(draft_BK, (0, num_drafts - draft_BK.shape[1]), value=5)
         other_BK = torch.rand(draft_BK.shape, generator=self.generator) < self.wrong
         return torch.where(other_BK, (draft_BK + 1) % VOCABULARY, draft_BK)
+
+
+def oracle_loop(future_BL: Tensor, *, wrong: float, drafted: int = 3, **settings) -> DecodingLoop:
+    """A loop that drafts what is known to come; see `OracleSource`."""
+    return DecodingLoop([OracleSource(future_BL, wrong=wrong, longest=drafted)], FixedPlan(drafted), **settings)

@@ -2,8 +2,10 @@ import json
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from foundation.base_model import load_base_model
+from moe_ext.multi_token import generation
 from moe_ext.multi_token.__main__ import COMMANDS, main
 from moe_ext.multi_token.storage import load
 
@@ -122,13 +124,49 @@ def test_the_bench_measures_all_ways_and_finds_the_same_text(trained, tmp_path, 
     assert main([*words, "--rounds=1", f"--out={out}", "--split=all"]) == 0
     said = capsys.readouterr().out
     figures = json.loads(out.read_text())
-    assert set(figures["ways"]) == {"generate", "prompt lookup", "lossless", "independent heads", "fast"}
-    for name in ("generate", "prompt lookup", "lossless", "independent heads"):
+    lossless = {"generate", "prompt lookup", "heads", "copies", "heads and copies", "independent heads"}
+    assert set(figures["ways"]) == {*lossless, "fast"}
+    for name in lossless:
         assert figures["ways"][name]["exact_match"] == 1.0
+    assert set(figures["ways"]["heads"]["sources"]) == {"heads"}
+    assert set(figures["ways"]["heads and copies"]["sources"]) == {"heads", "copies"}
     assert figures["ways"]["generate"]["tokens_per_pass"] == 1.0
-    assert len(figures["cost_ms"]) == 3
+    assert [len(figures["cost_ms"][name]) for name in ("heads", "copies")] == [3, 17]
     assert figures["trained"]["data"] and figures["machine"]["torch"] == torch.__version__
-    assert "| lossless |" in said and "exact match" in said
+    assert "| heads and copies |" in said and "exact match" in said
+
+
+def test_a_gpt2_backbone_in_a_folder_is_trained_beside_and_measured(questions, tmp_path):
+    _, tokenizer = load_base_model()
+    ids = {"bos_token_id": 0, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    torch.manual_seed(0)
+    backbone = GPT2LMHeadModel(
+        GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=128, **ids)
+    )
+    backbone.save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    words = command_line(questions, tmp_path / "run", model=tmp_path / "gpt2", self_distill=True, prompt_length=24)
+    assert main([*words, "--draft_vocabulary=64"]) == 0
+    out = tmp_path / "bench.json"
+    words = ["bench", f"--ckpt={tmp_path / 'run' / 's2'}", "--prompts=2", f"--max_tokens={NEW}", "--rounds=1"]
+    assert main([*words, f"--out={out}", "--split=all"]) == 0
+    figures = json.loads(out.read_text())["ways"]
+    assert figures["heads and copies"]["exact_match"] == figures["heads"]["exact_match"] == 1.0
+    assert figures["copies"]["tokens_per_pass"] > 1  # a random model soon repeats itself
+
+
+def test_copies_can_be_left_out_of_inference(trained, caplog, monkeypatch):
+    asked = []
+    inner = generation.sources_of
+    monkeypatch.setattr(
+        generation, "sources_of", lambda model, names: asked.append(tuple(names)) or inner(model, names)
+    )
+    words = ["infer", f"--ckpt={trained / 's2'}", "--prompt=The", "--max_tokens=4"]
+    assert main(words) == 0
+    assert set(asked) == {("heads", "copies")}
+    asked.clear()
+    assert main([*words, "--copy=false"]) == 0
+    assert set(asked) == {("heads",)}
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,13 @@
 import pytest
 import torch
-from multi_token_testing import END, FAMILIES, VOCABULARY, OracleLoop, make_backbone, make_model
+from multi_token_testing import END, FAMILIES, VOCABULARY, make_backbone, make_model, oracle_loop
 from transformers import LogitsProcessor, LogitsProcessorList, MambaConfig, MambaForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 from moe_ext.multi_token.generation import DecodingLoop, costs_of, generate
 from moe_ext.multi_token.model import MultiTokenConfig, MultiTokenMoE
-from moe_ext.multi_token.planning import FixedPlan, OpenGates, PassCosts, Planner
+from moe_ext.multi_token.planning import Choice, FixedPlan, OpenGates, PassCosts, Planner
+from moe_ext.multi_token.sources import sources_of
 
 NEW = 24
 
@@ -32,7 +33,7 @@ def greedy(backbone, given: dict, **settings) -> torch.Tensor:
 
 
 def with_oracle(model, given, future, *, wrong, drafted=3, **settings):
-    loop = OracleLoop(model, future, wrong=wrong, drafted=drafted)
+    loop = oracle_loop(future, wrong=wrong, drafted=drafted)
     tokens = model.backbone.generate(
         **given, do_sample=False, custom_generate=loop, **{"max_new_tokens": NEW, **settings}
     )
@@ -56,10 +57,52 @@ def test_drafts_of_any_quality_give_exactly_what_generate_gives(family, wrong):
     if wrong == 0.0:
         # The prompt's pass gives one token; every later one three drafts and its own.
         assert report.passes == 1 + -(-(report.tokens - 1) // 4)
-        assert report.accepted == report.drafted
+        assert report.sources["heads"].accepted == report.sources["heads"].drafted
     if wrong == 1.0:
         assert report.passes == report.tokens
-        assert sum(report.accepted) == 0
+        assert sum(report.sources["heads"].accepted) == 0
+
+
+@pytest.mark.parametrize("sources", [["copies"], ["heads", "copies"]])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_copies_of_the_text_give_exactly_what_generate_gives(family, sources):
+    model, given = make_model(family), whole_mask(prompts(1).repeat(1, 3))
+    settings = {"max_new_tokens": 48, "do_sample": False}
+    report = check_copies(model, given, sources, **settings)
+    assert report.sources["copies"].drafted[0] > 0
+
+
+@pytest.mark.parametrize("sources", [["copies"], ["heads", "copies"]])
+def test_copies_in_a_batch_give_exactly_what_generate_gives(sources):
+    model, given = make_model(), left_padded(3)
+    check_copies(model, given, sources, max_new_tokens=48, do_sample=False)
+
+
+def check_copies(model, given, sources, **settings):
+    """Generate with copies wherever there are any; gives the report."""
+
+    class Eager(FixedPlan):
+        """Copies where all rows have some, else heads."""
+
+        def choose(self, gates):
+            return FixedPlan(6, "copies" if gates["copies"].shape[1] else self.source).choose(gates)
+
+    plan = Eager(2, sources[0])
+    decoding = generate(model, **given, sources=sources, plan=plan, **settings)
+    assert torch.equal(decoding.sequences, model.backbone.generate(**given, **settings))
+    return decoding.report
+
+
+def test_a_text_in_a_circle_is_copied_in_few_passes():
+    """A backbone that always says the same token: every copy stands."""
+    model, given = make_model(max_copy=8), whole_mask(prompts(1))
+    with torch.no_grad():
+        for parameter in model.backbone.get_output_embeddings().parameters():
+            parameter.zero_()  # the first of equal scores is the token 0
+    model.backbone.generation_config.eos_token_id = None
+    report = check_copies(model, given, ["copies"], max_new_tokens=30, do_sample=False)
+    # A token of the prompt's pass, one of a pass with nothing to copy; then nine a pass.
+    assert report.passes == 2 + -(-28 // 9)
 
 
 @pytest.mark.parametrize("wrong", [0.0, 0.3, 1.0])
@@ -91,7 +134,7 @@ def test_no_token_beyond_the_limit_is_written_or_read(max_new_tokens):
     assert torch.equal(tokens, future[:, : 6 + max_new_tokens])
     assert report.tokens == max_new_tokens
     # The prompt's pass and the last one give a token each that nobody has to draft.
-    assert sum(report.drafted) == max(0, max_new_tokens - 2)
+    assert sum(report.sources["heads"].drafted) == max(0, max_new_tokens - 2)
 
 
 def test_positions_that_the_backbone_does_not_have_are_never_read():
@@ -148,7 +191,7 @@ def test_generation_goes_on_from_a_filled_cache():
 
 
 def oracle(model, future):
-    return OracleLoop(model, future, wrong=0.2)
+    return oracle_loop(future, wrong=0.2)
 
 
 def test_several_returned_sequences_are_a_batch():
@@ -173,13 +216,37 @@ def test_sampling_draws_from_the_backbone_whatever_is_drafted(num_rows, wrong):
     for seed in range(4):
         torch.manual_seed(seed)
         expected = model.backbone.generate(**given, **settings)
-        loop = OracleLoop(model, expected, wrong=wrong)
+        loop = oracle_loop(expected, wrong=wrong)
         torch.manual_seed(seed)
         tokens = model.backbone.generate(**given, custom_generate=loop, **settings)
         assert torch.equal(tokens, expected)
         assert wrong == 1.0 or loop.report.tokens_per_pass > 1
         texts.append(tuple(tokens.flatten().tolist()))
     assert len(set(texts)) == 4
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_sampling_draws_from_the_backbone_whatever_is_copied(num_rows):
+    """With the same seed the text is that of `generate`, copies accepted and copies refused."""
+    model, given = make_model(), left_padded(num_rows)
+    model.backbone.generation_config.eos_token_id = None
+    # Three tokens are left to choose from, so that some copies are right.
+    settings = {
+        "do_sample": True,
+        "temperature": 30.0,
+        "suppress_tokens": [token for token in range(VOCABULARY) if token not in (5, 6, 7)],
+        "max_new_tokens": NEW,
+    }
+    drafted = accepted = 0
+    for seed in range(6):
+        torch.manual_seed(seed)
+        expected = model.backbone.generate(**given, **settings)
+        torch.manual_seed(seed)
+        decoding = generate(model, **given, sources=["copies"], plan=FixedPlan(4, "copies"), **settings)
+        assert torch.equal(decoding.sequences, expected)
+        drafted += decoding.report.sources["copies"].drafted[0]
+        accepted += decoding.report.sources["copies"].accepted[0]
+    assert 0 < accepted < drafted
 
 
 class Collected(BaseStreamer):
@@ -206,7 +273,7 @@ def test_an_unverified_draft_stands_as_it_is():
     model, given = make_model(), whole_mask(prompts(1))
     model.backbone.generation_config.eos_token_id = None
     future = torch.arange(60)[None] % VOCABULARY
-    loop = OracleLoop(model, future, wrong=0.0, verified=False)
+    loop = oracle_loop(future, wrong=0.0, verified=False)
     tokens = model.backbone.generate(**given, do_sample=False, max_new_tokens=9, custom_generate=loop)
     # One token of the prompt's pass, then three drafts and the backbone's own, twice.
     assert tokens[0, 7:10].tolist() == [7, 8, 9]
@@ -222,8 +289,8 @@ def test_fast_asks_only_heads_whose_gate_is_open():
         model.router.layers[-1].weight.zero_()
         model.router.layers[-1].bias.copy_(torch.tensor([4.0, -4.0, 4.0]))
     report = generate(model, **given, do_sample=False, max_new_tokens=12, mode="fast").report
-    assert report.drafted[0] > 0
-    assert report.drafted[1:] == [0, 0]
+    assert report.sources["heads"].drafted[0] > 0
+    assert report.sources["heads"].drafted[1:] == [0, 0]
 
 
 def test_a_head_that_says_off_ends_the_draft():
@@ -231,8 +298,8 @@ def test_a_head_that_says_off_ends_the_draft():
     with torch.no_grad():
         model.heads.blocks[1].off.bias.fill_(1e4)
     report = generate(model, **given, do_sample=False, max_new_tokens=12, plan=FixedPlan(3)).report
-    assert report.drafted[0] > 0
-    assert report.drafted[1:] == [0, 0]
+    assert report.sources["heads"].drafted[0] > 0
+    assert report.sources["heads"].drafted[1:] == [0, 0]
 
 
 def test_where_drafts_do_not_pay_none_is_made():
@@ -240,9 +307,9 @@ def test_where_drafts_do_not_pay_none_is_made():
     with torch.no_grad():
         model.router.layers[-1].weight.zero_()
         model.router.layers[-1].bias.fill_(-8.0)
-    costs = PassCosts((1.0, 1.3, 1.6, 1.9))
-    decoding = generate(model, **given, do_sample=False, max_new_tokens=NEW, plan=Planner(costs))
-    assert sum(decoding.report.drafted) == 0
+    costs = PassCosts({"heads": (1.0, 1.3, 1.6, 1.9)})
+    decoding = generate(model, **given, do_sample=False, max_new_tokens=NEW, plan=Planner(costs), sources=["heads"])
+    assert sum(decoding.report.sources["heads"].drafted) == 0
     assert decoding.report.passes == decoding.report.tokens
 
 
@@ -255,8 +322,8 @@ def test_heads_in_bfloat16_and_backbone_in_another_type_work_together():
 
 def test_every_number_of_drafts_has_a_cost_and_measuring_leaves_no_hook_behind():
     model = make_model()
-    costs = costs_of(model)
-    assert len(costs.ms) == 4 and min(costs.ms) > 0
+    costs = costs_of(model, ["heads"])
+    assert len(costs.ms["heads"]) == 4 and min(costs.ms["heads"]) > 0
     assert not model.backbone.get_output_embeddings()._forward_pre_hooks
 
 
@@ -315,12 +382,13 @@ def test_this_transformers_runs_a_loop_of_ours_inside_generate():
 
 def test_gates_that_are_open_in_every_row_count():
     gates = torch.tensor([[0.9, 0.8, 0.2], [0.9, 0.4, 0.1]])
-    assert OpenGates().choose(gates) == 1
-    assert OpenGates(threshold=0.3).choose(gates) == 2
+    assert OpenGates().choose({"heads": gates}) == Choice("heads", 1)
+    assert OpenGates(threshold=0.3).choose({"heads": gates}) == Choice("heads", 2)
+    assert OpenGates(threshold=0.9).choose({"heads": gates}) == Choice()
 
 
 def test_the_loop_without_heads_is_plain_greedy_decoding():
     model, given = make_model(), left_padded(3)
-    loop = DecodingLoop(model, FixedPlan(0))
+    loop = DecodingLoop(sources_of(model, ["heads", "copies"]), FixedPlan(0))
     tokens = model.backbone.generate(**given, do_sample=False, max_new_tokens=NEW, custom_generate=loop)
     assert torch.equal(tokens, greedy(model.backbone, given))

@@ -5,7 +5,7 @@ from torch.nn.functional import silu
 
 from moe_ext.multi_token.heads import TokenHeads
 from moe_ext.multi_token.model import MultiTokenConfig, MultiTokenMoE
-from moe_ext.multi_token.router import HeadRouter, gates_of
+from moe_ext.multi_token.router import CopyRouter, HeadRouter, gates_of
 
 
 def random_heads(kind="sequential"):
@@ -84,3 +84,14 @@ def test_the_router_has_three_layers_and_a_logit_for_each_head():
     router = HeadRouter(8, 8, 5)
     assert sum(isinstance(layer, torch.nn.Linear) for layer in router.layers) == 3
     assert router(torch.randn(2, 6, 8)).shape == (2, 6, 5)
+
+
+def test_the_copy_router_begins_with_what_was_counted():
+    router = CopyRouter(8, 8, 2)
+    matched = torch.tensor([1, 1, 1, 1, 20, 20])
+    right = torch.tensor([[1, 0], [1, 1], [0, 0], [0, 0], [1, 1], [1, 1]]).bool()
+    judged = torch.tensor([[1, 1], [1, 1], [1, 0], [1, 0], [1, 1], [1, 1]]).bool()
+    router.count(matched, right, judged)
+    chance = torch.sigmoid(router(torch.randn(3, 8), torch.tensor([1, 20, 2])))
+    # (right + 1) / (judged + 2), whatever the state; one half where nothing was counted.
+    torch.testing.assert_close(chance, torch.tensor([[3 / 6, 2 / 4], [3 / 4, 3 / 4], [1 / 2, 1 / 2]]))

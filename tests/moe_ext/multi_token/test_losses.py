@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from moe_ext.multi_token.losses import LossWeights, head_loss, router_losses
+from moe_ext.multi_token.losses import LossWeights, copy_loss, head_loss, router_losses
 
 
 def losses(logits, right=None, judged=None, on=None, budget=2.0):
@@ -64,7 +64,25 @@ def test_heads_that_are_off_do_not_count():
 def test_each_weight_counts_for_its_loss():
     parts = {
         name: torch.tensor(value)
-        for name, value in {"bce": 0.1, "balance": 0.2, "entropy": 0.3, "budget": 0.4}.items()
+        for name, value in {
+            "bce": 0.1,
+            "copy_bce": 0.5,
+            "balance": 0.2,
+            "entropy": 0.3,
+            "budget": 0.4,
+        }.items()
     }
     weights = LossWeights(bce=1, balance=10, entropy=100, budget=1000)
-    assert float(weights.total(parts)) == pytest.approx(0.1 + 2 + 30 + 400)
+    assert float(weights.total(parts)) == pytest.approx(0.1 + 0.5 + 2 + 30 + 400)
+
+
+def test_copies_count_where_they_are_judged():
+    torch.manual_seed(0)
+    logits, right, judged = torch.randn(4, 3), torch.rand(4, 3) < 0.5, torch.rand(4, 3) < 0.6
+    written_out = [
+        -math.log(1 / (1 + math.exp(-float(logits[n, k]) * (1 if right[n, k] else -1))))
+        for n in range(4)
+        for k in range(3)
+        if judged[n, k]
+    ]
+    assert float(copy_loss(logits, right, judged)) == pytest.approx(sum(written_out) / len(written_out), rel=1e-5)

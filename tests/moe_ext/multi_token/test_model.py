@@ -86,7 +86,7 @@ def test_a_prompt_that_is_not_learnt_counts_nothing_but_is_read():
 
 def test_the_backbone_is_neither_trained_nor_saved():
     model = make_model()
-    assert all(name.startswith(("heads.", "router.")) for name in model.state_dict())
+    assert all(name.startswith(("heads.", "router.", "copy_router.")) for name in model.state_dict())
     assert not any(parameter.requires_grad for parameter in model.backbone.parameters())
     model.train()
     assert not model.backbone.training
@@ -161,6 +161,9 @@ def test_a_model_without_a_decoder_and_an_lm_head_is_refused():
         ({"k_max": 0}, "k_max is 0"),
         ({"num_heads": 0}, "heads is 0"),
         ({"head_width": 0}, "head_width is 0"),
+        ({"draft_vocabulary": 0}, "draft_vocabulary is 0"),
+        ({"max_copy": 0}, "max_copy is 0"),
+        ({"teacher_forcing_end": 1.5}, "teacher_forcing_end is 1.5"),
         ({"kind": "both"}, "kind is 'both'"),
         ({"w_lb": -1.0}, "w_lb is -1.0"),
     ],

@@ -3,56 +3,100 @@ import itertools
 import pytest
 import torch
 
-from moe_ext.multi_token.planning import FixedPlan, PassCosts, Planner, measure_costs
+from moe_ext.multi_token.planning import Choice, FixedPlan, PassCosts, Planner, measure_costs
 
 
 def long_run(choices, kinds, costs):
-    """Tokens a millisecond where each kind of position always drafts the same number."""
-    tokens = sum(share * (1 + sum(gates[:k])) for (share, gates), k in zip(kinds, choices, strict=True))
-    taken = sum(share * costs[k] for (share, _), k in zip(kinds, choices, strict=True))
+    """Tokens a millisecond where each kind of position always takes the same source and number."""
+    tokens = taken = 0.0
+    for choice, (share, gates) in zip(choices, kinds, strict=True):
+        tokens += share * (1 + (sum(gates[choice.source][: choice.num_drafts]) if choice.source else 0))
+        taken += share * (costs[choice.source][choice.num_drafts] if choice.source else costs["heads"][0])
     return tokens / taken
+
+
+def as_tensors(gates):
+    return {name: torch.tensor([row]) for name, row in gates.items()}
 
 
 @pytest.mark.parametrize(
     "costs",
     [(1.0, 1.1, 1.2, 1.3), (1.0, 1.4, 1.8, 2.2), (1.0, 1.9, 2.8, 3.7), (1.0, 2.5, 4.0, 5.5)],
 )
-def test_in_the_long_run_no_fixed_choice_gives_more_tokens_a_second(costs):
-    kinds = [(0.5, [0.9, 0.8, 0.7]), (0.5, [0.3, 0.1, 0.02])]  # easy and hard positions, half each
-    best = max(long_run(choice, kinds, costs) for choice in itertools.product(range(4), repeat=2))
+@pytest.mark.parametrize("copy_costs", [(1.0, 1.05, 1.1, 1.15), (1.0, 3.0, 5.0, 7.0)])
+def test_in_the_long_run_no_fixed_choice_gives_more_tokens_a_second(costs, copy_costs):
+    costs = {"heads": costs, "copies": copy_costs}
+    kinds = [  # a third each: easy for heads, hard for both, in a circle
+        (1 / 3, {"heads": [0.9, 0.8, 0.7], "copies": []}),
+        (1 / 3, {"heads": [0.3, 0.1, 0.02], "copies": [0.2, 0.1, 0.1]}),
+        (1 / 3, {"heads": [0.5, 0.3, 0.1], "copies": [0.95, 0.9, 0.85]}),
+    ]
+    choices = [
+        [Choice(), *(Choice(name, k) for name, row in gates.items() for k in range(1, len(row) + 1))]
+        for _, gates in kinds
+    ]
+    best = max(long_run(choice, kinds, costs) for choice in itertools.product(*choices))
     planner = Planner(PassCosts(costs))
     for _ in range(400):
         for _, gates in kinds:
-            drafted = planner.choose(torch.tensor([gates]))
-            planner.record(drafted, 1 + sum(gates[:drafted]))
-    chosen = [planner.choose(torch.tensor([gates])) for _, gates in kinds]
+            choice = planner.choose(as_tensors(gates))
+            planner.record(choice, 1 + sum(gates[choice.source][: choice.num_drafts]) if choice.source else 1)
+    chosen = [planner.choose(as_tensors(gates)) for _, gates in kinds]
     assert long_run(chosen, kinds, costs) == pytest.approx(best, rel=1e-6)
 
 
 def test_a_draft_that_is_never_right_is_never_made():
-    planner = Planner(PassCosts((1.0, 1.01, 1.02)))
-    assert planner.choose(torch.tensor([[0.0, 0.0]])) == 0
+    planner = Planner(PassCosts({"heads": (1.0, 1.01, 1.02)}))
+    assert planner.choose({"heads": torch.tensor([[0.0, 0.0]])}) == Choice()
 
 
 def test_a_draft_that_is_free_and_may_be_right_is_always_made():
-    planner = Planner(PassCosts((1.0, 1.0, 1.0)))
-    assert planner.choose(torch.tensor([[0.1, 0.05]])) == 2
+    planner = Planner(PassCosts({"heads": (1.0, 1.0, 1.0)}))
+    assert planner.choose({"heads": torch.tensor([[0.1, 0.05]])}) == Choice("heads", 2)
+
+
+def test_of_two_sources_that_promise_the_same_the_cheaper_one_drafts():
+    costs = PassCosts({"heads": (1.0, 1.5), "copies": (1.0, 1.1)})
+    gates = {"heads": torch.tensor([[0.8]]), "copies": torch.tensor([[0.8]])}
+    assert Planner(costs).choose(gates) == Choice("copies", 1)
+    assert Planner(costs.of(["heads"])).choose({"heads": gates["heads"]}) == Choice("heads", 1)
 
 
 def test_a_batch_expects_what_all_its_rows_accept():
-    planner = Planner(PassCosts((1.0, 1.3)))
-    assert planner.choose(torch.tensor([[0.5]])) == 1
-    assert planner.choose(torch.tensor([[0.5], [0.5]])) == 0
+    planner = Planner(PassCosts({"heads": (1.0, 1.3)}))
+    assert planner.choose({"heads": torch.tensor([[0.5]])}) == Choice("heads", 1)
+    assert planner.choose({"heads": torch.tensor([[0.5], [0.5]])}) == Choice()
 
 
-def test_a_fixed_plan_is_fixed():
+def test_a_source_that_promises_too_much_is_no_longer_asked():
+    planner = Planner(PassCosts({"heads": (1.0, 1.4), "copies": (1.0, 1.4)}))
+    gates = {"heads": torch.tensor([[0.9]]), "copies": torch.tensor([[0.7]])}
+    assert planner.choose(gates) == Choice("heads", 1)
+    for _ in range(60):
+        choice = planner.choose(gates)
+        planner.record(choice, 1 if choice.source == "heads" else 2)  # of the heads no draft ever stands
+    assert planner.choose(gates) == Choice("copies", 1)
+
+
+def test_a_fixed_plan_is_fixed_as_far_as_there_are_drafts():
     plan = FixedPlan(2)
-    plan.record(2, 1)
-    assert plan.choose(torch.zeros(1, 3)) == 2
+    plan.record(Choice("heads", 2), 1)
+    assert plan.choose({"heads": torch.zeros(1, 3)}) == Choice("heads", 2)
+    assert plan.choose({"heads": torch.zeros(1, 1)}) == Choice("heads", 1)
+    assert plan.choose({"heads": torch.zeros(1, 0)}) == Choice()
 
 
-def test_every_length_of_pass_is_timed_in_turns():
-    asked = []
-    costs = measure_costs(asked.append, 3, rounds=2)
-    assert asked == [0, 1, 2, 3] * 4  # two rounds to warm up
-    assert len(costs.ms) == 4
+def test_many_lengths_of_pass_are_timed_in_turns_and_the_rest_lies_between(monkeypatch):
+    asked, now = [], [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+
+    def run_pass(name, size):
+        asked.append((name, size))
+        now[0] += (2 if name == "heads" else 1) * (1 + size) / 1e3
+
+    costs = measure_costs(run_pass, {"heads": 3, "copies": 10}, rounds=2)
+    turn = [("heads", 0), ("heads", 1), ("heads", 2), ("heads", 3)]
+    turn += [("copies", size) for size in (0, 1, 2, 3, 4, 6, 8, 10)]
+    assert asked == turn * 4  # two rounds to warm up
+    assert costs.ms["heads"] == pytest.approx([2, 4, 6, 8])
+    assert costs.ms["copies"] == pytest.approx([1 + size for size in range(11)])

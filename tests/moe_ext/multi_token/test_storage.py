@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from multi_token_testing import make_backbone, make_model
+from multi_token_testing import VOCABULARY, make_backbone, make_model
 from safetensors.torch import load_file
 
 from foundation.base_identity import BaseIdentity
@@ -55,6 +55,22 @@ def test_an_older_folder_of_pt_files_is_read(tmp_path, tokenizer):
         plain.unlink()
     again = read(model.backbone, folder)
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_a_folder_from_before_there_were_copies_is_read(tmp_path, tokenizer, caplog):
+    model = make_model()
+    folder = saved(model, tokenizer, tmp_path / "s2")
+    (folder / "copy_router.safetensors").unlink()
+    again = read(model.backbone, folder)
+    assert torch.equal(again.heads.blocks[0].down.weight, model.heads.blocks[0].down.weight)
+    assert "older than copies" in caplog.text
+
+
+def test_the_tokens_that_heads_may_draft_are_kept(tmp_path, tokenizer):
+    model = make_model(draft_vocabulary=4)
+    model.draft_only(torch.tensor([3, 9, 11, 30]))
+    again = read(model.backbone, saved(model, tokenizer, tmp_path / "s2"))
+    assert again.vocabulary().token_C.tolist() == [3, 9, 11, 30, VOCABULARY]
 
 
 def test_a_pt_file_that_would_run_code_is_not_read(tmp_path, tokenizer):

@@ -61,7 +61,7 @@ def test_stage_1_trains_the_heads_and_leaves_the_router(tmp_path):
     train_stage(model, rows(), settings("heads"), tmp_path)
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert any(name.startswith("heads.") for name in changed)
-    assert not any(name.startswith("router.") for name in changed)
+    assert not any(name.startswith(("router.", "copy_router.")) for name in changed)
 
 
 def test_stage_2_trains_both_and_nothing_trains_the_backbone(tmp_path):
@@ -70,7 +70,7 @@ def test_stage_2_trains_both_and_nothing_trains_the_backbone(tmp_path):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     train_stage(model, rows(), settings("router"), tmp_path)
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-    assert {name.partition(".")[0] for name in changed} == {"heads", "router"}
+    assert {name.partition(".")[0] for name in changed} == {"heads", "router", "copy_router"}
     assert all(torch.equal(a, b) for a, b in zip(frozen, model.backbone.parameters(), strict=True))
 
 
@@ -94,6 +94,29 @@ def test_stage_1_is_taught_with_all_heads_on_throughout():
     for progress in (0.0, 0.5, 1.0):
         state = at_progress("heads", progress, MultiTokenConfig(num_heads=5, k_max=1))
         assert (state.teacher_forcing, state.heads_on) == (1.0, 5)
+
+
+def test_teaching_can_go_on_to_the_end():
+    config = MultiTokenConfig(teacher_forcing_end=0.6)
+    taught = [at_progress("router", progress, config).teacher_forcing for progress in (0.0, 0.5, 1.0)]
+    assert taught == pytest.approx([1.0, 0.8, 0.6])
+
+
+def test_the_copy_router_learns_how_far_copies_stand(tmp_path):
+    """Rows that turn in a circle of four for twelve tokens: long matches stand, the first ones do not."""
+    generator = torch.Generator().manual_seed(0)
+    texts = []
+    for _ in range(40):
+        circle = torch.randint(3, VOCABULARY, (4,), generator=generator).tolist()
+        texts.append([*circle * 3, *torch.randint(3, VOCABULARY, (12,), generator=generator).tolist()])
+    data = Dataset.from_list([{"input_ids": r, "attention_mask": [1] * 24, "labels": r} for r in texts])
+    model = fresh(max_copy=2)
+    train_stage(model, data, settings("router", epochs=25, batch=8, lr=3e-2), tmp_path)
+    states = model.states(torch.tensor(texts), torch.ones(40, 24))
+    with torch.no_grad():
+        turning = torch.sigmoid(model.copy_router(states[:, 7], torch.full((40,), 4)))[:, 0].mean()
+        chance = torch.sigmoid(model.copy_router(states[:, 20], torch.full((40,), 1)))[:, 0].mean()
+    assert turning > 0.8 and chance < 0.3
 
 
 def test_every_epoch_trains(tmp_path):
