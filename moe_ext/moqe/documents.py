@@ -1,4 +1,4 @@
-"""The text of a run: built-in domains and hub datasets through `foundation.data`, and a user's own files, read leniently.
+"""The text of a run: built-in domains and hub datasets through `foundation.data`, and a user's own files.
 
 In a user's files a sample that cannot be read (a line that is not JSON, no text in it, an empty one) is counted and
 left out. A file that cannot be read at all is an error.
@@ -63,8 +63,8 @@ def read_documents(sources: str, split: Part, *, text_column: str = "text") -> D
             held += [text for text in read if split in ("all", own or split_of("own", text))]
         if not held:
             raise ValueError(
-                f"{source} has no readable document in its split '{split}' ({unreadable} samples cannot be read). Give "
-                "more documents, or put files named train, validation and test into one folder."
+                f"{source} has no readable document in its split '{split}' ({unreadable} samples cannot be read). "
+                "Give more documents, or put files named train, validation and test into one folder."
             )
         texts[source] = held
     if not texts:

@@ -70,6 +70,6 @@ def check_same_experts(noted: list[dict], found: list[ExpertIdentity], where: Pa
     names = ", ".join(expert["name"] for expert in noted)
     given = ", ".join(expert.name for expert in found)
     raise ValueError(
-        f"{where} was trained for the experts {names} and not for {given}: their number, order or weights differ. Give "
-        "the same experts in the same order, or another --save_dir."
+        f"{where} was trained for the experts {names} and not for {given}: their number, order or weights differ. "
+        "Give the same experts in the same order, or another --save_dir."
     )

@@ -59,6 +59,11 @@ def parse_schemes(text: str) -> list[Scheme]:
     return schemes
 
 
+def is_scheme(name: str) -> bool:
+    """Whether a name is one of a scheme."""
+    return name in (*BITSANDBYTES, *GGUF_TYPES, "full") or GROUP.fullmatch(name) is not None
+
+
 def _parse(name: str) -> Scheme:
     if name in BITSANDBYTES:
         return Scheme(name, "bitsandbytes")
