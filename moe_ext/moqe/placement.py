@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 Device = int | str
 DeviceMap = dict[str, Device]
 CPU = "cpu"
+GIB = 2**30
 
 
 def plan_placement(models: Sequence[nn.Module], max_memory: dict[Device, int]) -> list[DeviceMap]:
@@ -45,9 +46,10 @@ def plan_placement(models: Sequence[nn.Module], max_memory: dict[Device, int]) -
         if not maps[number] and size <= sum(free.values()):
             maps[number] = _split(model, free)
         if not maps[number]:
+            rooms = ", ".join(f"{device} {room / GIB:.2f}" for device, room in free.items())
             raise ValueError(
-                f"Expert {number + 1} needs {size / 2**30:.2f} GiB, but {sum(free.values()) / 2**30:.2f} GiB are free: "
-                f"{ {device: f'{room / 2**30:.2f}' for device, room in free.items()} }. Use fewer or smaller experts."
+                f"Expert {number + 1} needs {size / GIB:.2f} GiB, but of the devices there are free, in GiB: {rooms}. "
+                "Use fewer or smaller experts."
             )
         for device, taken in _taken(model, maps[number]).items():
             free[device] -= taken

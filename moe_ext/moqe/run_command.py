@@ -1,4 +1,4 @@
-"""`run`: sets of experts from one model, a router for each set, and a table for each; what is there is not made again."""
+"""`run`: sets of experts from one model, routers for each set and a table; what is there is not made again."""
 
 import logging
 from dataclasses import fields

@@ -1,8 +1,8 @@
 """Train the router with transformers' Trainer, on the experts' cached outputs.
 
 The order of all rows of a run, curriculum first, is fixed beforehand by the seed; accumulation, the schedule in
-optimiser steps, checkpoints and resuming are the Trainer's own. A run that was broken off ends with the same numbers, on
-a CPU to the last bit, as one that was not.
+optimiser steps, checkpoints and resuming are the Trainer's own. A run that was broken off ends with the same numbers,
+on a CPU to the last bit, as one that was not.
 
 Shape letters: B rows, L tokens, D size of a state, E experts.
 """
