@@ -65,12 +65,13 @@ def costs_of(
     """Forward passes a token, weights in MiB, and tokens a second over a batch of whole rows, by way."""
     model = next(iter(mixtures.values()))
     experts = model.expert_set
-    mib = {expert.name: expert.memory_bytes() / 2**20 for expert in experts.experts}
+    named = dict(zip(experts.names, experts.experts, strict=True))
+    mib = {name: expert.memory_bytes() / 2**20 for name, expert in named.items()}
     longest = sorted(rows, key=lambda row: -len(row.tokens))[: options.batch_size]
     batch = collate_rows(longest, experts.tokenizer.pad_token_id)
     ids, mask = batch["input_ids"], batch["attention_mask"]
     runs: dict[str, Callable[[], Any]] = {
-        expert.name: lambda expert=expert: expert.logits_of(expert.states(ids, mask)) for expert in experts.experts
+        name: lambda expert=expert: expert.logits_of(expert.states(ids, mask)) for name, expert in named.items()
     }
     if reference is not None:
         mib[REFERENCE] = reference.memory_bytes() / 2**20
@@ -118,7 +119,7 @@ def as_table(
         "| bits a byte | forwards a token | weights, MiB | tokens/s |",
         "|" + " --- |" * (len(sources) + 6),
     ]
-    singles = [expert.name for expert in next(iter(mixtures.values())).expert_set.experts]
+    singles = next(iter(mixtures.values())).expert_set.names
     ways = [way for way in (REFERENCE, *singles, UNIFORM, STATIC, *mixtures) if way in measured.nats]
     for way in [*ways, ORACLE_SEQUENCE, ORACLE_TOKEN]:
         cost = costs[way]

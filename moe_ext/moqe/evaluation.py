@@ -159,8 +159,8 @@ def _losses_of_batch(
         losses[REFERENCE] = _cross_entropy(logits_BLV, batch["labels"].to(logits_BLV.device)).sum(-1)
     states = experts.states(batch["input_ids"], batch["attention_mask"])
     singles_BLE = single_losses(experts, [state.to(device) for state in states], labels_BL)
-    for number, expert in enumerate(experts.experts):
-        losses[expert.name] = singles_BLE[..., number].sum(-1)
+    for number, name in enumerate(experts.names):
+        losses[name] = singles_BLE[..., number].sum(-1)
     uniform_E = torch.full((len(experts),), 1 / len(experts), device=device)
     losses[UNIFORM] = mixed_losses(experts, states, uniform_E, labels_BL).sum(-1)
     for name, mixture in mixtures.items():

@@ -46,6 +46,7 @@ class ExpertSet:
         for other in experts[1:]:
             check_tokenizers((experts[0].name, experts[0].tokenizer), (other.name, other.tokenizer))
         self.experts = list(experts)
+        self.names = _told_apart([expert.name for expert in experts])
         self.tokenizer = experts[0].tokenizer
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
@@ -127,6 +128,12 @@ class ExpertSet:
         for expert in self.experts[1:]:
             getattr(expert.model, setter)(modules[0])
         return True
+
+
+def _told_apart(names: Sequence[str]) -> list[str]:
+    """The names, a number behind each that stands there before."""
+    before = [names[:place].count(name) for place, name in enumerate(names)]
+    return [f"{name} ({count + 1})" if count else name for name, count in zip(names, before, strict=True)]
 
 
 class MoQEConfig(PreTrainedConfig):

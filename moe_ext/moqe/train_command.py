@@ -164,7 +164,7 @@ def _choose_default(model: MoQEModel, held_out: Documents, options: TrainOptions
     rows = held_out_rows(held_out, model.expert_set.tokenizer, options, max_tokens=options.validation_tokens)
     measured = measure(model.expert_set, {"router": model}, rows, batch_size=options.batch_size)
     losses = {way: measured.mean_nats(way) for way in measured.nats}
-    singles = [losses[expert.name] for expert in model.expert_set.experts]
+    singles = [losses[name] for name in model.expert_set.names]
     model.default_expert = singles.index(min(singles))
     for way, loss in losses.items():
         logger.info("validation, nats a token: %s %.4f", way, loss)
