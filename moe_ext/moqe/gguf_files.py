@@ -94,9 +94,7 @@ def read_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
         **where, quantization_config=GgufConfig(dequantize=True), dtype=dtype, output_loading_info=True
     )
     if missing := sorted(loading["missing_keys"]):  # transformers warns and fills them with random numbers
-        raise ValueError(
-            f"{path} lacks the weights of {len(missing)} tensors, among them {missing[0]}. Write it again."
-        )
+        raise ValueError(f"{path} lacks {len(missing)} weights, among them {missing[0]}. Copy it again.")
     return model, _tokenizer_of(fields, where)
 
 

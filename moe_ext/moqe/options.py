@@ -66,6 +66,9 @@ class TrainingOptions(TextOptions, ComputeOptions, RouterConfig):
         default="adamw", metadata={"help": "adamw_8bit is that of bitsandbytes."}
     )
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute the router to save memory."})
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Folder of the experts' cached outputs; by default in save_dir."}
+    )
     cache_gb: float = field(
         default=4.0, metadata={"help": "Most disk space of the experts' cached outputs; what is over is recomputed."}
     )

@@ -122,6 +122,10 @@ class Router(nn.Module):
             return weights_BLE
         kept_BLK = weights_BLE.topk(self.config.top_k, dim=-1).indices
         kept_BLE = one_hot(kept_BLK, self.num_experts).sum(-2)
+        if self.config.top_k == 1:
+            # Renormalised, a single weight is 1 whatever its score: in training the dense weights' gradient stands in
+            # (straight-through, Bengio et al. 2013, arXiv:1308.3432).
+            return kept_BLE + (weights_BLE - weights_BLE.detach() if self.training else 0.0)
         return weights_BLE * kept_BLE / (weights_BLE * kept_BLE).sum(-1, keepdim=True)
 
     def choice(self, scores_BLE: Tensor, attention_mask_BL: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from moe_ext.moqe.eval_command import evaluate
 from moe_ext.moqe.options import EvalOptions, QuantizeOptions, RunOptions, TrainOptions
 from moe_ext.moqe.quantize_command import quantize
 from moe_ext.moqe.schemes import is_scheme
-from moe_ext.moqe.train_command import train
+from moe_ext.moqe.train_command import CACHE, train
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +30,9 @@ def run(options: RunOptions) -> str:
         if not table.exists():
             logger.info("set %d: %s", number, schemes)
             experts = _experts(options, schemes, folder / "experts")
+            held = {"expert_paths": experts, "cache_dir": options.cache_dir or str(folder / CACHE)}
             for mode in options.modes:
-                train(_as(TrainOptions, options, mode=mode, expert_paths=experts, save_dir=str(own / mode)))
+                train(_as(TrainOptions, options, mode=mode, save_dir=str(own / mode), **held))
             evaluate(
                 _as(
                     EvalOptions,

@@ -37,6 +37,7 @@ FREE_OPTIONS = (
     "from_scratch",
     "save_steps",
     "logging_steps",
+    "cache_dir",
     "cache_gb",
 )
 
@@ -128,7 +129,7 @@ def _train(
     run: dict[str, Any],
     checkpoint: Path | None,
 ) -> MoQEModel:
-    cache = StateCache(folder / CACHE, experts, rows, max_bytes=options.cache_gb * 1e9)
+    cache = StateCache(Path(options.cache_dir or folder / CACHE), experts, rows, max_bytes=options.cache_gb * 1e9)
     cache.fill()
     torch.manual_seed(options.seed)
     router = Router(options.router_config(), input_size=experts.input_size, num_experts=len(experts))
