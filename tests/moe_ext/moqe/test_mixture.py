@@ -6,7 +6,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from foundation.base_model import load_base_model
 from moe_ext.moqe.experts import load_expert
 from moe_ext.moqe.mixture import ExpertSet, MoQEModel
-from moe_ext.moqe.router import RouterConfig
 
 
 def logits_one_expert_after_the_other(model, tokens, mask=None):  # oracle: whole models, mixed by hand

@@ -69,6 +69,15 @@ def test_top_k_keeps_the_highest_and_they_sum_to_one():
     torch.testing.assert_close(weights, torch.tensor([[kept[0], 0.0, kept[1]]]))
 
 
+def test_the_highest_alone_still_lets_every_score_learn():
+    router = make_router(top_k=1).train()
+    scores = torch.tensor([[3.0, 1.0, 2.0]], requires_grad=True)
+    weights = router.weights(scores)
+    torch.testing.assert_close(weights.detach(), torch.tensor([[1.0, 0.0, 0.0]]))
+    (weights * torch.tensor([5.0, 1.0, 2.0])).sum().backward()
+    assert (scores.grad.abs() > 0).all()
+
+
 def test_top_k_of_all_experts_is_dense():
     scores = torch.tensor([[3.0, 1.0, 2.0]])
     torch.testing.assert_close(make_router(top_k=3).weights(scores), make_router().weights(scores))

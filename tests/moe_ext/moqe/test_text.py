@@ -57,9 +57,10 @@ def test_rows_hold_every_token_of_a_document_once_and_all_of_its_bytes(tokenizer
 def test_labels_are_the_tokens_behind_and_padding_has_none(tokenizer):
     rows = to_rows(["one two three", "one"], "own", tokenizer, row_length=20)
     batch = collate_rows(rows, pad=1)
-    for row, (ids, mask, labels) in enumerate(zip(*(batch[n] for n in ("input_ids", "attention_mask", "labels")))):
-        real = len(rows[row].tokens)
-        assert ids[:real].tolist() == rows[row].tokens
+    for row, held in enumerate(rows):
+        ids, mask, labels = (batch[name][row] for name in ("input_ids", "attention_mask", "labels"))
+        real = len(held.tokens)
+        assert ids[:real].tolist() == held.tokens
         assert mask.sum() == real
         assert torch.equal(labels[: real - 1], ids[1:real])
         assert (labels[real - 1 :] == -100).all()

@@ -171,11 +171,11 @@ def test_the_balance_term_changes_the_loss_and_is_off_by_default(experts, cache)
 def test_choosing_one_expert_still_gives_every_score_a_gradient():
     scores = torch.zeros(1, 4, 3, requires_grad=True)
     mask = torch.tensor([[1, 1, 1, 0]])
-    loss = expected_regret(scores, torch.tensor([[5.0, 3.0, 4.0]]), mask, prefix_length=2)
-    assert loss.item() == pytest.approx(1.0)  # (2 + 0 + 1) / 3
+    loss = expected_regret(scores, torch.tensor([[6.0, 3.0, 4.5]]), mask, prefix_length=2)
+    assert loss.item() == pytest.approx(1.5)  # (3 + 0 + 1.5) / 3
     loss.backward()
-    assert (scores.grad[0, :2].abs() > 0).all()
-    assert scores.grad[0, 0, 1] < 0 < scores.grad[0, 0, 0]  # towards the expert that costs least
+    assert (scores.grad[0, :2, 1] < 0).all()  # towards the expert that costs least
+    assert (scores.grad[0, :2, 0] > 0).all()
     assert (scores.grad[0, 2:] == 0).all()
 
 
@@ -204,7 +204,7 @@ def test_the_smaller_set_comes_first_and_every_pass_is_shuffled_anew():
 
 
 def test_a_run_that_is_broken_off_ends_with_the_same_bits(tiny_sources, expert_folders, tmp_path):
-    changed = {"noise": 0.3, "temperature_start": 2.0, "gradient_accumulation_steps": 2}
+    changed = {"noise": 0.3, "temperature_start": 2.0, "gradient_accumulation_steps": 2, "logging_steps": 1}
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert main(command_line(tiny_sources, expert_folders, whole, **changed)) == 0
     kept = sorted((whole / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
@@ -216,14 +216,16 @@ def test_a_run_that_is_broken_off_ends_with_the_same_bits(tiny_sources, expert_f
     assert main(command_line(tiny_sources, expert_folders, broken, **changed)) == 0
     for name, tensor in result(whole).items():
         assert torch.equal(tensor, result(broken)[name]), name
-    # The same from a checkpoint that is named, and other numbers where nothing is resumed with another seed.
+    # The same from a checkpoint that is named.
     named = tmp_path / "named"
     options = {**changed, "checkpoint_path": kept[0]}
     assert main(command_line(tiny_sources, expert_folders, named, **options)) == 0
     assert all(torch.equal(tensor, result(named)[name]) for name, tensor in result(whole).items())
     state = json.loads((kept[1] / "trainer_state.json").read_text())
     rates = [line["learning_rate"] for line in state["log_history"] if "learning_rate" in line]
-    assert rates and all(rate <= 0.01 for rate in rates)
+    # The schedule counts optimiser steps, not batches: at the last it is nearly through.
+    assert len(rates) == state["global_step"] == state["max_steps"]
+    assert max(rates) == pytest.approx(0.01, rel=0.05) and rates[-1] < 0.15 * max(rates)
 
 
 def test_a_cut_off_checkpoint_is_not_gone_on_from(tiny_sources, expert_folders, tmp_path, capsys):
