@@ -54,8 +54,9 @@ def read_documents(sources: str, split: Part, *, text_column: str = "text") -> D
             continue
         files = [path] if path.is_file() else _files_in(path)
         named = {file: name for file in files if (name := _split_named_by(file))}
+        asked = [file for file, name in named.items() if split in ("all", name)] if named else files
         held: list[str] = []
-        for file in named or files:
+        for file in asked:
             samples = list(_samples_of(file, text_column))
             read = [sample for sample in samples if sample is not None]
             unreadable += len(samples) - len(read)

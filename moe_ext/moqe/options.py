@@ -1,7 +1,7 @@
 """The options of the commands."""
 
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Literal, get_args
 
 from foundation.data import Part
 from moe_ext.moqe.experts import Dtype, GgufBackend
@@ -165,8 +165,8 @@ class RunOptions(TrainingOptions, RoundingOptions):
         metadata={"help": "Sets of experts, each the schemes of `quantize` and paths of experts, by commas."}
     )
     output: str = field(metadata={"help": "Folder for experts, mixtures and tables."})
-    modes: list[Mode] = field(
-        default_factory=lambda: ["token", "sequence"], metadata={"help": "Routers to train for each set."}
+    modes: list[str] = field(
+        default_factory=lambda: list(get_args(Mode)), metadata={"help": "Routers to train for each set."}
     )
     reference: str | None = field(default=None, metadata={"help": "Full precision in the tables; by default model."})
     test_tokens: int | None = field(default=30_000, metadata={"help": "Most test tokens of each source."})
@@ -177,6 +177,8 @@ class RunOptions(TrainingOptions, RoundingOptions):
         TrainingOptions.__post_init__(self)
         RoundingOptions.__post_init__(self)
         _at_least(self, test_tokens=1, resamples=1, speed_rounds=0)
+        if unknown := sorted(set(self.modes) - set(get_args(Mode))):
+            raise ValueError(f"modes names '{unknown[0]}', but must be of {', '.join(get_args(Mode))}.")
 
 
 @dataclass(kw_only=True)

@@ -177,9 +177,7 @@ def _check_folder(folder: Path, identities: list[ExpertIdentity], options: Train
     if not folder.exists():
         return
     if not folder.is_dir() or (any(folder.iterdir()) and not (folder / RUN).exists()):
-        raise ValueError(
-            f"{folder} holds something else than a run of this tool. Name another folder with --save_dir."
-        )
+        raise ValueError(f"{folder} holds no run of this tool. Name another folder with --save_dir.")
     if (folder / RUN).exists() and not options.from_scratch:
         check_same_experts(_read_run(folder)["experts"], identities, folder)
 
