@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from foundation.checkpoints import MarkCompleteCheckpoints
 from foundation.whole_files import write_json
@@ -107,6 +107,20 @@ class Annealing(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.router.current_temperature = self.router.config.temperature
+
+
+class LogLines(TrainerCallback):
+    """Logs a line every few steps; the Trainer's own would go to where the result is printed."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs and "loss" in logs:
+            logger.info(
+                "step %d of %d loss %.4f lr %.2e",
+                state.global_step,
+                state.max_steps,
+                logs["loss"],
+                logs["learning_rate"],
+            )
 
 
 class DescribeCheckpoints(TrainerCallback):
@@ -214,6 +228,7 @@ def train_router(
         seed=options.seed,
         label_names=["labels"],
         remove_unused_columns=False,
+        disable_tqdm=True,
         use_cpu=not on_gpu,
         dataloader_pin_memory=on_gpu,
     )
@@ -223,8 +238,9 @@ def train_router(
         args=arguments,
         train_dataset=StateRows(order),
         data_collator=collate,
-        callbacks=[Annealing(model.router), DescribeCheckpoints(run), MarkCompleteCheckpoints()],
+        callbacks=[Annealing(model.router), LogLines(), DescribeCheckpoints(run), MarkCompleteCheckpoints()],
     )
+    trainer.remove_callback(PrinterCallback)
     if checkpoint is not None:
         logger.info("continuing from %s", checkpoint)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
