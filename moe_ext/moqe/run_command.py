@@ -32,6 +32,7 @@ def run(options: RunOptions) -> str:
             experts = _experts(options, schemes, folder / "experts")
             held = {"expert_paths": experts, "cache_dir": options.cache_dir or str(folder / CACHE)}
             for mode in options.modes:
+                held["epochs"] = options.sequence_epochs if mode == "sequence" else options.epochs
                 train(_as(TrainOptions, options, mode=mode, save_dir=str(own / mode), **held))
             evaluate(
                 _as(

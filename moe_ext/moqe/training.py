@@ -23,6 +23,7 @@ from moe_ext.moqe.losses import balance_loss, expected_regret, mixed_losses, pre
 from moe_ext.moqe.mixture import ExpertSet
 from moe_ext.moqe.options import TrainOptions
 from moe_ext.moqe.router import Router
+from moe_ext.moqe.rows import collate_rows
 from moe_ext.moqe.state_cache import StateCache, collate_states
 
 logger = logging.getLogger(__name__)
@@ -177,9 +178,10 @@ def collator(cache: StateCache, expert_losses_NE: Tensor | None) -> Callable[[li
     """
 
     def collate(rows: list[int]) -> dict[str, Any]:
-        batch, states = collate_states(cache, rows)
         if expert_losses_NE is not None:
+            batch = collate_rows([cache.rows[row] for row in rows], cache.experts.tokenizer.pad_token_id)
             return {**batch, "expert_losses": expert_losses_NE[rows]}
+        batch, states = collate_states(cache, rows)
         return {**batch, "states": states}
 
     return collate

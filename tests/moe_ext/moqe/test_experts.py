@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 import torch
 from moqe_testing import quantize_to
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from foundation.base_model import load_base_model
 from moe_ext.moqe.experts import load_expert
 from moe_ext.moqe.gguf_files import supported_architectures, write_gguf
 from moe_ext.moqe.mixture import MoQEModel
 from moe_ext.moqe.tokenizer_contract import check_tokenizers
+from moe_ext.router_ft.formats import pack, round_to_nearest, scales_of, scheme_json
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +72,6 @@ def test_what_is_no_gguf_file_is_refused(tmp_path):
 
 
 def test_a_folder_without_some_weights_is_refused(tiny_base, tmp_path):
-    from safetensors.torch import save_file
-
     model = AutoModelForCausalLM.from_pretrained(tiny_base)
     AutoTokenizer.from_pretrained(tiny_base).save_pretrained(tmp_path)
     model.config.save_pretrained(tmp_path)
@@ -165,3 +165,33 @@ print((resident() - before) / 2**20)
     }
     assert grown["plain"] > 60
     assert grown["packed"] < 9  # MiB: 4 of codes, 0.5 of scales, and what the process itself took meanwhile
+
+
+@torch.no_grad()
+def test_an_expert_of_compressed_tensors_comes_back(tmp_path, tokens):
+    model, tokenizer = load_base_model()
+    state, groups = model.state_dict(), {}
+    linears = [(name, layer) for name, layer in model.model.named_modules() if isinstance(layer, torch.nn.Linear)]
+    for short, layer in linears:
+        name = f"model.{short}"
+        rounded = round_to_nearest(layer.weight, "INT4")
+        del state[f"{name}.weight"]
+        parts = pack(rounded, scales_of(layer.weight, "INT4"), "INT4")
+        state |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+        groups.setdefault(layer.in_features, []).append(name)
+        layer.weight.data = rounded
+    del state["lm_head.weight"]
+    tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    scheme = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {f"of_{width}": scheme_json("INT4", width, names) for width, names in groups.items()},
+        "ignore": ["lm_head"],
+    }
+    (tmp_path / "config.json").write_text(json.dumps({**model.config.to_dict(), "quantization_config": scheme}))
+    tokenizer.save_pretrained(tmp_path)
+    expert = load_expert(tmp_path)
+    assert expert.kind == "compressed-tensors"
+    torch.testing.assert_close(expert.model(tokens).logits.float(), model(tokens).logits, atol=0.05, rtol=0.05)
