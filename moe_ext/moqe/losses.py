@@ -58,23 +58,25 @@ def balance_loss(weights_TE: Tensor) -> Tensor:
     return len(usage_E) * usage_E.square().sum() - 1
 
 
-def expected_regret(scores_BLE: Tensor, losses_BE: Tensor, attention_mask_BL: Tensor, prefix_length: int) -> Tensor:
-    """What choosing an expert for a row costs over the best choice, in nats, summed over the rows.
+def choice_loss(scores_BLE: Tensor, losses_BE: Tensor, attention_mask_BL: Tensor, prefix_length: int) -> Tensor:
+    """How far the router's choice is from the experts' own losses, in nats, summed over the rows by their tokens.
 
-    The mean over the choices of a router that draws from the softmax of its scores, at every place of the prefix, so
-    that shorter prompts are learnt too. The experts' own losses are the labels, so every score has a gradient although
-    one expert alone runs.
+    The label of a row is what its text says of the experts, softmax(-losses): the posterior over experts that were
+    equally likely before. Every score has a gradient although one expert alone runs, also where one expert is far
+    ahead (the expected loss of a drawn choice has none there). Every place of the prefix decides, so that shorter
+    prompts are learnt too.
 
     Args:
         scores_BLE: of the router.
-        losses_BE: of every expert on what is behind the prefix.
+        losses_BE: of every expert on what is behind the prefix, summed over its tokens.
         attention_mask_BL: 1 for tokens, padding on the right.
         prefix_length: tokens that choose.
     """
-    regret_BE = losses_BE - losses_BE.amin(-1, keepdim=True)
+    labels_BE = (-losses_BE).softmax(-1)
     prefix_BL = attention_mask_BL[:, :prefix_length].float()
-    expected_BL = (scores_BLE[:, :prefix_length].softmax(-1) * regret_BE[:, None]).sum(-1)
-    return ((expected_BL * prefix_BL).sum(-1) / prefix_BL.sum(-1)).sum()
+    crossed_BL = -(scores_BLE[:, :prefix_length].log_softmax(-1) * labels_BE[:, None]).sum(-1)
+    by_row_B = (crossed_BL * prefix_BL).sum(-1) / prefix_BL.sum(-1)
+    return (by_row_B * (attention_mask_BL.sum(-1) - 1)).sum()
 
 
 def fit_static_weights(experts: ExpertSet, batches: Iterable[tuple[dict[str, Tensor], list[Tensor]]]) -> list[float]:

@@ -169,7 +169,7 @@ class RunOptions(TrainingOptions, RoundingOptions):
         default_factory=lambda: list(get_args(Mode)), metadata={"help": "Routers to train for each set."}
     )
     sequence_epochs: float = field(
-        default=20.0, metadata={"help": "Passes in mode sequence, where a pass costs next to nothing."}
+        default=10.0, metadata={"help": "Passes in mode sequence, where a pass costs next to nothing."}
     )
     reference: str | None = field(default=None, metadata={"help": "Full precision in the tables; by default model."})
     test_tokens: int | None = field(default=30_000, metadata={"help": "Most test tokens of each source."})

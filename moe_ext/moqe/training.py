@@ -19,7 +19,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from foundation.checkpoints import MarkCompleteCheckpoints
 from foundation.whole_files import write_json
-from moe_ext.moqe.losses import balance_loss, expected_regret, mixed_losses, predicted
+from moe_ext.moqe.losses import balance_loss, choice_loss, mixed_losses, predicted
 from moe_ext.moqe.mixture import ExpertSet
 from moe_ext.moqe.options import TrainOptions
 from moe_ext.moqe.router import Router
@@ -66,7 +66,7 @@ class RouterTraining(nn.Module):
         num_tokens = (labels != -100).sum()
         scores_BLE = self.router(self.experts.embed(input_ids), attention_mask)
         if config.mode == "sequence":
-            total = expected_regret(scores_BLE, expert_losses, attention_mask, config.prefix_length)
+            total = choice_loss(scores_BLE, expert_losses, attention_mask, config.prefix_length)
             weights_TE = scores_BLE[:, : config.prefix_length].softmax(-1)[
                 attention_mask[:, : config.prefix_length] == 1
             ]

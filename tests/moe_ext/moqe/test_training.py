@@ -8,7 +8,7 @@ from moqe_testing import refused
 from safetensors.torch import load_file
 
 from moe_ext.moqe.__main__ import main
-from moe_ext.moqe.losses import balance_loss, expected_regret, fit_static_weights
+from moe_ext.moqe.losses import balance_loss, choice_loss, fit_static_weights
 from moe_ext.moqe.mixture import load_experts
 from moe_ext.moqe.options import TrainOptions
 from moe_ext.moqe.router import Router, RouterConfig
@@ -171,12 +171,18 @@ def test_the_balance_term_changes_the_loss_and_is_off_by_default(experts, cache)
 def test_choosing_one_expert_still_gives_every_score_a_gradient():
     scores = torch.zeros(1, 4, 3, requires_grad=True)
     mask = torch.tensor([[1, 1, 1, 0]])
-    loss = expected_regret(scores, torch.tensor([[6.0, 3.0, 4.5]]), mask, prefix_length=2)
-    assert loss.item() == pytest.approx(1.5)  # (3 + 0 + 1.5) / 3
+    loss = choice_loss(scores, torch.tensor([[6.0, 3.0, 4.5]]), mask, prefix_length=2)
+    assert loss.item() == pytest.approx(2 * np.log(3))  # of two predicted tokens, from equal scores
     loss.backward()
     assert (scores.grad[0, :2, 1] < 0).all()  # towards the expert that costs least
     assert (scores.grad[0, :2, 0] > 0).all()
     assert (scores.grad[0, 2:] == 0).all()
+
+
+def test_a_router_that_was_sure_of_the_wrong_expert_still_learns():
+    scores = torch.tensor([[[30.0, 0.0, 0.0]]], requires_grad=True)
+    choice_loss(scores, torch.tensor([[9.0, 3.0, 9.0]]), torch.ones(1, 2), prefix_length=1).backward()
+    assert scores.grad[0, 0, 1] < -0.9
 
 
 def test_the_static_weights_are_better_than_equal_ones(experts, cache):
