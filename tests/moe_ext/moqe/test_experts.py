@@ -170,15 +170,14 @@ print((resident() - before) / 2**20)
 @torch.no_grad()
 def test_an_expert_of_compressed_tensors_comes_back(tmp_path, tokens):
     model, tokenizer = load_base_model()
-    state, groups = model.state_dict(), {}
-    linears = [(name, layer) for name, layer in model.model.named_modules() if isinstance(layer, torch.nn.Linear)]
-    for short, layer in linears:
-        name = f"model.{short}"
+    state, names = model.state_dict(), []
+    for at, block in enumerate(model.model.layers):
+        name, layer = f"model.layers.{at}.mlp.down_proj", block.mlp.down_proj
         rounded = round_to_nearest(layer.weight, "INT4")
         del state[f"{name}.weight"]
         parts = pack(rounded, scales_of(layer.weight, "INT4"), "INT4")
         state |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
-        groups.setdefault(layer.in_features, []).append(name)
+        names.append(name)
         layer.weight.data = rounded
     del state["lm_head.weight"]
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
@@ -187,7 +186,7 @@ def test_an_expert_of_compressed_tensors_comes_back(tmp_path, tokens):
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
-        "config_groups": {f"of_{width}": scheme_json("INT4", width, names) for width, names in groups.items()},
+        "config_groups": {"down": scheme_json("INT4", 672, names)},
         "ignore": ["lm_head"],
     }
     (tmp_path / "config.json").write_text(json.dumps({**model.config.to_dict(), "quantization_config": scheme}))
