@@ -202,8 +202,9 @@ def load_expert(path: str | Path, *, dtype: Dtype = "auto", gguf_backend: GgufBa
         tokenizer = AutoTokenizer.from_pretrained(place)
         if is_packed_folder(place):
             return Expert(load_packed(place, number), tokenizer, identity, "packed")
+        unpacking = _unpacking(place)
         model, loading = AutoModelForCausalLM.from_pretrained(
-            place, dtype=number, quantization_config=_unpacking(place), output_loading_info=True
+            place, dtype=number, quantization_config=unpacking, output_loading_info=True
         )
     except OSError as unread:  # transformers' answer to files that are missing or damaged
         raise ValueError(f"The expert {place} could not be read: {str(unread).splitlines()[0]}") from unread
@@ -211,9 +212,12 @@ def load_expert(path: str | Path, *, dtype: Dtype = "auto", gguf_backend: GgufBa
         raise ModuleNotFoundError(f"The expert {place} needs a package that is not there: {missing}") from missing
     if missing := sorted(loading["missing_keys"]):  # transformers warns and fills them with random numbers
         raise ValueError(f"The expert {place} lacks {len(missing)} weights, among them {missing[0]}. Copy it again.")
+    if unpacking is not None:
+        return Expert(model, tokenizer, identity, f"{COMPRESSED_TENSORS}, unpacked")
     method = getattr(model, "quantization_method", None)
-    kind = "safetensors" if method is None else str(getattr(method, "value", method))
-    return Expert(model, tokenizer, identity, f"{kind}, unpacked" if kind == COMPRESSED_TENSORS else kind)
+    return Expert(
+        model, tokenizer, identity, "safetensors" if method is None else str(getattr(method, "value", method))
+    )
 
 
 def _unpacking(folder: Path) -> CompressedTensorsConfig | None:
