@@ -123,7 +123,7 @@ $(INSTALLED): pyproject.toml constraints.txt $(QUEUE) | $(VENV_PYTHON)
 	@echo "== installing the fork: fetching the pinned release of PEFT, patching it"
 	$(PIP) install -c constraints.txt --no-build-isolation -e ./peft
 	@echo "== installing dylo_moe and moe_ext"
-	$(PIP) install -c constraints.txt --no-build-isolation -e ".[demo,dev,quant,study]"
+	$(PIP) install -c constraints.txt --no-build-isolation -e ".[demo,dev,moqe,quant,study]"
 	@touch $@
 
 $(DATA): $(INSTALLED)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from foundation.data import Part
 from foundation.whole_files import whole_folder, write_json
+from moe_ext.gptq import BLOCK_SIZE, DAMP
 from moe_ext.moe_models import SMALL_MOE, load_moe
 from moe_ext.router_ft.allocation import Sensitivity, allocate
 from moe_ext.router_ft.alpha import Estimate, alpha_table, read_alpha_csv, write_alpha_csv
@@ -20,7 +21,6 @@ from moe_ext.router_ft.checkpoint import RECORD, save_checkpoint, save_with_rout
 from moe_ext.router_ft.evaluate import HeldOut, evaluate_tasks, losses_by_source, summary
 from moe_ext.router_ft.finetune import FinetuneConfig, finetune_routers
 from moe_ext.router_ft.formats import bits_per_weight
-from moe_ext.router_ft.gptq import BLOCK_SIZE, DAMP
 from moe_ext.router_ft.load import export_pt, load
 from moe_ext.router_ft.matrices import find_matrices
 from moe_ext.router_ft.objectives import NEED_TEACHER

@@ -1,32 +1,13 @@
-"""GPTQ: round a matrix column by column, the columns to come making up for the error of each.
+"""GPTQ (`moe_ext.gptq`) in the number formats of this tool.
 
-Frantar et al. 2022, arXiv:2210.17323, algorithm 1. With H = 2 X X^T / T of the inputs and U the upper Cholesky factor
-of H^-1, the error of column c, (w_c - q_c) / U_cc, is subtracted along row c of U from the columns that are still to
-come. Columns are taken in the order of falling diag(H) (act-order) while each keeps the scale of its own group, chosen
-before anything was rounded (static groups). In float64 throughout: on any device the result does not hang on the order
-of sums, but for ties.
-
-Shape letters: T tokens, O rows, C columns, G groups in a row.
+Shape letters: O rows, C columns, G groups in a row.
 """
 
-import torch
 from torch import Tensor
 
+from moe_ext.gptq import BLOCK_SIZE, DAMP
+from moe_ext.gptq import gptq as solve
 from moe_ext.router_ft.formats import round_to_levels, spread
-
-BLOCK_SIZE = 128  # columns whose errors reach the rest of the matrix in one product
-DAMP = 0.01  # of the mean of diag(H), added to it
-
-
-def hessian_of(inputs_TC: Tensor) -> Tensor:
-    """2 X^T X / T of the inputs [C, C], in float64.
-
-    Args:
-        inputs_TC: what the matrix was multiplied with; at least one token.
-    """
-    # One product in float64 of bfloat16 or float32 inputs: a sum over many tokens must not lose the small ones.
-    inputs_TC = inputs_TC.double()
-    return 2 * inputs_TC.T @ inputs_TC / len(inputs_TC)
 
 
 def gptq(
@@ -38,47 +19,16 @@ def gptq(
     block_size: int = BLOCK_SIZE,
     damp: float = DAMP,
 ) -> Tensor:
-    """The matrix rounded to a format so that its outputs on the calibration inputs change little.
+    """The matrix [O, C] rounded to a format so that its outputs on the calibration inputs change little.
 
     Args:
-        weight_OC: the matrix.
-        hessian_CC: of its inputs; a column that no input reached (a zero on the diagonal) is rounded for itself.
+        weight_OC, hessian_CC, block_size, damp: as `moe_ext.gptq.gptq` takes them.
         scale_OG: of `formats.scales_of` the same matrix.
         name: of the format.
-        block_size: see BLOCK_SIZE; the result does not depend on it.
-        damp: see DAMP.
-
-    Returns:
-        The rounded matrix [O, C] in float64.
-
-    Raises:
-        ValueError: the Hessian is not finite.
     """
-    diagonal_C = hessian_CC.diagonal()
-    if not torch.isfinite(diagonal_C).all():
-        raise ValueError(
-            "The calibration inputs of a matrix are not finite. Check the checkpoint, or use a wider dtype."
-        )
-    order_C = torch.argsort(diagonal_C, descending=True, stable=True)
-    upper_CC = _inverse_factor(hessian_CC[order_C][:, order_C].double(), damp)
-    weight_OC, scale_OC = weight_OC.double()[:, order_C], spread(scale_OG, weight_OC.shape[1])[:, order_C]
-    rounded_OC = torch.empty_like(weight_OC)
-    for start in range(0, weight_OC.shape[1], block_size):
-        block = slice(start, min(start + block_size, weight_OC.shape[1]))
-        errors_OB = torch.empty_like(weight_OC[:, block])
-        for place, column in enumerate(range(block.start, block.stop)):
-            rounded_OC[:, column] = round_to_levels(weight_OC[:, column], scale_OC[:, column], name)
-            errors_OB[:, place] = (weight_OC[:, column] - rounded_OC[:, column]) / upper_CC[column, column]
-            rest = slice(column, block.stop)
-            weight_OC[:, rest] -= torch.outer(errors_OB[:, place], upper_CC[column, rest])
-        weight_OC[:, block.stop :] -= errors_OB @ upper_CC[block, block.stop :]
-    return rounded_OC[:, torch.argsort(order_C)]
+    scale_OC = spread(scale_OG, weight_OC.shape[1])
 
+    def round_column(values_O: Tensor, column: int) -> Tensor:
+        return round_to_levels(values_O, scale_OC[:, column], name)
 
-def _inverse_factor(hessian_CC: Tensor, damp: float) -> Tensor:
-    """The upper triangular U with U^T U = (H + damping)^-1."""
-    diagonal_C = hessian_CC.diagonal()
-    unseen_C = diagonal_C == 0
-    extra_C = torch.where(unseen_C, 1.0, damp * diagonal_C.mean())
-    inverse_CC = torch.cholesky_inverse(torch.linalg.cholesky(hessian_CC + torch.diag(extra_C)))
-    return torch.linalg.cholesky(inverse_CC, upper=True)
+    return solve(weight_OC, hessian_CC, round_column, block_size=block_size, damp=damp)

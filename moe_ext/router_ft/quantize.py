@@ -22,9 +22,10 @@ from torch.nn.functional import linear
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from moe_ext.gptq import BLOCK_SIZE, DAMP, hessian_of
 from moe_ext.router_ft.calibration import LayerWalk, recording
 from moe_ext.router_ft.formats import SCALE_DTYPE, check_format, pack, round_to_levels, scales_of, spread, unpack
-from moe_ext.router_ft.gptq import BLOCK_SIZE, DAMP, gptq, hessian_of
+from moe_ext.router_ft.gptq import gptq
 from moe_ext.router_ft.matrices import Kind, Matrix, find_matrices
 from moe_ext.router_ft.plan import Plan
 from moe_ext.routers import MoeLayer, moe_layers

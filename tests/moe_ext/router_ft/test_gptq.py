@@ -11,8 +11,9 @@ import torch
 
 pytest.importorskip("compressed_tensors", reason="needs the extra 'quant'")
 
+from moe_ext.gptq import hessian_of
 from moe_ext.router_ft.formats import round_to_levels, spread
-from moe_ext.router_ft.gptq import gptq, hessian_of
+from moe_ext.router_ft.gptq import gptq
 
 
 def load_plain():

@@ -8,8 +8,9 @@ from torch.nn.functional import linear, silu
 
 pytest.importorskip("compressed_tensors", reason="needs the extra 'quant'")
 
+from moe_ext.gptq import hessian_of
 from moe_ext.router_ft.formats import round_to_nearest, scales_of, unpack
-from moe_ext.router_ft.gptq import gptq, hessian_of
+from moe_ext.router_ft.gptq import gptq
 from moe_ext.router_ft.matrices import find_matrices
 from moe_ext.router_ft.plan import uniform_plan
 from moe_ext.router_ft.quantize import quantize_model
