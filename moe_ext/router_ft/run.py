@@ -13,7 +13,7 @@ import logging
 import math
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -226,11 +226,8 @@ class Study:
         return {"plan": spec, "bits": plan.bits_per_weight, "gptq": mean_loss(losses)}
 
     def _fingerprint(self) -> dict[str, Any]:
-        ours = {
-            name: value
-            for name, value in asdict(self.options).items()
-            if name not in ("output", "plans", "allocations", "device")
-        }
+        names = [name for name in StudyOptions.__dataclass_fields__ if name not in ("output", "device")]
+        ours = {name: getattr(self.options, name) for name in names}
         weights = zlib.crc32(next(iter(self.model.parameters())).detach().cpu().float().numpy().tobytes())
         return {**ours, "weights": weights}
 

@@ -1,14 +1,18 @@
 """The command that does all steps: its table, its controls, and that it goes on where it was broken off."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("compressed_tensors", reason="needs the extra 'quant'")
 pytest.importorskip("scipy", reason="needs the extra 'quant'")
 
+from foundation.options import OptionParser
 from moe_ext.router_ft import run as run_module
 from moe_ext.router_ft.run import RunOptions, parse_plan, run
+
+CONFIG = Path(__file__).parents[3] / "configs" / "router_ft.yaml"
 
 
 @pytest.fixture
@@ -55,3 +59,10 @@ def test_a_plan_is_a_format_or_a_sensitivity_with_its_bits():
     assert parse_plan("random@3.125#2") == ("random", 3.125, 2)
     with pytest.raises(ValueError, match="'INT3@' is no plan"):
         parse_plan("INT3@")
+
+
+def test_the_committed_configuration_is_read():
+    (options,) = OptionParser((RunOptions,)).parse(["--config", str(CONFIG)])
+    assert options.names(options.plans) == ["INT4", "INT3", "INT2", "lower_alpha@2.625"]
+    assert len(options.names(options.allocations)) == 11
+    assert (options.objective, options.lr, options.split) == ("ce", 3e-3, "test")

@@ -36,6 +36,12 @@ def test_every_objective_has_a_bracketed_rate_and_a_second_call_measures_nothing
     monkeypatch.setattr(run_module, "losses_by_source", lambda *_: pytest.fail("measured again"))
     assert search_router_ft.main(argv) == 0
     assert capsys.readouterr().out == told
+    assert search_router_ft.main([*argv, "--objectives", "ce"]) == 0
+    fewer = capsys.readouterr().out
+    assert [line for line in told.splitlines() if line.startswith("| ce ")] == [
+        line for line in fewer.splitlines() if line.startswith("| ce ")
+    ]
+    assert "| align " not in fewer
 
 
 def test_an_unknown_objective_is_refused(argv, capsys):
