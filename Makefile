@@ -74,6 +74,12 @@ continual: $(DATA) ## let prose, code and math arrive one after another; the mix
 	@echo "== training a mixture that grows with its skills, and what it is compared with"
 	$(VENV_PYTHON) train.py --continual prose code math $(ARGS)
 
+.PHONY: docs
+docs: $(INSTALLED) ## build the site of the documentation into build/site; a broken link fails
+	@echo "== building the site"
+	NO_MKDOCS_2_WARNING=1 $(VENV_PYTHON) -m mkdocs build --strict $(ARGS)
+	@echo "The site is build/site/index.html; its search needs a server: $(VENV_PYTHON) -m http.server -d build/site"
+
 .PHONY: lint
 lint: $(INSTALLED) ## check the style of the code and that the fork's queue and tree agree
 	@echo "== checking the style"
@@ -115,7 +121,7 @@ $(INSTALLED): pyproject.toml constraints.txt $(QUEUE) | $(VENV_PYTHON)
 	@echo "== installing the fork: fetching the pinned release of PEFT, patching it"
 	$(PIP) install -c constraints.txt --no-build-isolation -e ./peft
 	@echo "== installing dylo_moe and moe_ext"
-	$(PIP) install -c constraints.txt --no-build-isolation -e ".[demo,dev,quant]"
+	$(PIP) install -c constraints.txt --no-build-isolation -e ".[demo,dev,docs,quant]"
 	@touch $@
 
 $(DATA): $(INSTALLED)
