@@ -1,4 +1,4 @@
-"""An extension of griffe: the `help` of a dataclass field is the field's docstring, so that the reference shows it."""
+"""An extension of griffe: a dataclass field shows its `help` and its default in the reference, not its `field(...)`."""
 
 import ast
 
@@ -6,11 +6,15 @@ from griffe import Attribute, Docstring, Extension, ObjectNode
 
 
 class OptionHelp(Extension):
-    """Reads `field(metadata={"help": ...})`."""
+    """Reads `field(default=..., metadata={"help": ...})`."""
 
     def on_attribute_instance(self, *, node: ast.AST | ObjectNode, attr: Attribute, **kwargs) -> None:
-        if attr.docstring is None and isinstance(node, ast.AnnAssign) and (text := help_of(node.value)):
-            attr.docstring = Docstring(text, parent=attr, lineno=node.lineno)
+        if not isinstance(node, ast.AnnAssign) or (text := help_of(node.value)) is None:
+            return
+        attr.docstring = attr.docstring or Docstring(text, parent=attr, lineno=node.lineno)
+        arguments = {keyword.arg: keyword.value for keyword in node.value.keywords}
+        if "default_factory" not in arguments:
+            attr.value = ast.unparse(arguments["default"]) if "default" in arguments else None
 
 
 def help_of(value: ast.expr | None) -> str | None:

@@ -34,7 +34,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     for part in PARTS:
         for name in modules_of(part):
-            text = f"---\ntitle: {name}\n---\n\n# `{name}`\n\n::: {name}\n"
+            text = f"---\ntitle: {name}\n---\n\n::: {name}\n"
             files.append(File.generated(config, _page(name), content=text))
     return files
 

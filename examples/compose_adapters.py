@@ -6,7 +6,6 @@
 The adapters may differ in rank, alpha and target modules, and stay as they are, bit for bit.
 """
 
-import argparse
 from pathlib import Path
 
 from datasets import concatenate_datasets
@@ -15,13 +14,13 @@ from transformers import Trainer, TrainingArguments
 
 from foundation.base_model import load_base_model
 from foundation.data import load_documents, pack_documents
+from foundation.options import PlainParser
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
-        epilog="example: python examples/compose_adapters.py --experts a=out/a b=out/b --data notes.jsonl",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = PlainParser(
+        __doc__.split("\n\n")[0],
+        example="python examples/compose_adapters.py --experts a=out/a b=out/b --data notes.jsonl",
     )
     parser.add_argument("--experts", nargs="+", metavar="NAME=WHERE", help="adapters: folder or hub id of each")
     parser.add_argument("--model", default="base", help="base (committed), smollm2-135m, a folder or a hub id")

@@ -7,26 +7,21 @@ Experts and router are trained in float32 beside it. What is saved holds no weig
 precision.
 """
 
-import argparse
-
 import torch
 from peft import MoELoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Trainer, TrainingArguments
 
 from foundation.base_model import resolve_model_name
 from foundation.data import load_documents, pack_documents
+from foundation.options import PlainParser
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
-        epilog="example: python examples/quantized_base.py --model smollm2-135m --bits 4",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = PlainParser(
+        __doc__.split("\n\n")[0], example="python examples/quantized_base.py --model smollm2-135m --bits 4"
     )
     parser.add_argument("--model", default="base", help="base (committed), smollm2-135m, a folder or a hub id")
-    parser.add_argument(
-        "--bits", type=int, choices=(4, 8), default=8, help="of a frozen weight; 4 on a CPU: widths of 64 n"
-    )
+    parser.add_argument("--bits", type=int, choices=(4, 8), default=8, help="bits of a frozen weight")
     parser.add_argument("--data", default="prose", help="prose, code, math, a file, a folder or a hub dataset")
     parser.add_argument("--steps", type=int, default=50, help="optimizer steps")
     parser.add_argument("--output", default="out/quantized", help="folder of the mixture")

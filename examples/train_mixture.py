@@ -6,21 +6,18 @@
 The mixture is one `peft_config`, as a plain LoRA would be; SFTTrainer knows nothing of routing.
 """
 
-import argparse
-
 import torch
 from peft import AutoPeftModelForCausalLM, MoELoraConfig
 from trl import SFTConfig, SFTTrainer
 
 from foundation.base_model import load_base_model
 from foundation.data import load_documents
+from foundation.options import PlainParser
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
-        epilog="example: python examples/train_mixture.py --data notes.jsonl --num_experts 8",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = PlainParser(
+        __doc__.split("\n\n")[0], example="python examples/train_mixture.py --data notes.jsonl --num_experts 8"
     )
     parser.add_argument("--model", default="base", help="base (committed), smollm2-135m, a folder or a hub id")
     parser.add_argument("--data", default="prose", help="prose, code, math, a file, a folder or a hub dataset")

@@ -5,10 +5,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from transformers import HfArgumentParser
-
 from foundation.allocator import keep_freed_memory
 from foundation.downloads import DownloadError
+from foundation.options import OptionParser
 from moe_ext.router_ft import commands
 from moe_ext.router_ft.run import RunOptions, run
 
@@ -25,13 +24,6 @@ STEPS: dict[str, tuple[type, Callable[[Any], str]]] = {
 REFUSALS = (ValueError, FileNotFoundError, FileExistsError, ModuleNotFoundError, DownloadError)
 
 
-class StepParser(HfArgumentParser):
-    """Options of one step; a refusal is one line, where argparse would print the whole usage before it."""
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
-
-
 def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     usage = f"usage: python -m moe_ext.router_ft {{{','.join(STEPS)}}} [--help] [options]"
@@ -43,14 +35,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"python -m moe_ext.router_ft: error: {found}; give one of {', '.join(STEPS)}", file=sys.stderr)
         return 2
     options_class, step = STEPS[argv[0]]
-    parser = StepParser(
-        options_class, prog=f"python -m moe_ext.router_ft {argv[0]}", description=step.__doc__, allow_abbrev=False
-    )
+    parser = OptionParser((options_class,), prog=f"python -m moe_ext.router_ft {argv[0]}", description=step.__doc__)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     keep_freed_memory()
     try:
-        (options,) = parser.parse_args_into_dataclasses(argv[1:])
+        (options,) = parser.parse(argv[1:])
         print(step(options))
     except REFUSALS as refused:
         parser.error(str(refused))
