@@ -1,4 +1,4 @@
-"""An extension of griffe: a dataclass field shows its `help` and its default in the reference, not its `field(...)`."""
+"""An extension of griffe: a dataclass field shows its `help` and its default in the reference, not `field(...)`."""
 
 import ast
 

@@ -81,6 +81,21 @@ def test_every_page_is_in_the_navigation():
 
 
 @needs_mkdocs
+@pytest.mark.parametrize(
+    ("page", "link", "target"),
+    [
+        ("performance.md", "../benchmarks/results/x/README.md", "benchmarks/results/x/README.md"),
+        ("performance.md", "scaling.md", "docs/scaling.md"),
+        ("benchmarks/results/cpu-float32/README.md", "speed.svg", "benchmarks/results/cpu-float32/speed.svg"),
+        ("CONTRIBUTING.md", "docs/performance.md", "docs/performance.md"),
+        ("peft/README.md", "../CONTRIBUTING.md", "CONTRIBUTING.md"),
+    ],
+)
+def test_a_link_means_on_the_site_what_it_means_in_the_repository(page, link, target):
+    assert hook("linked_files")._in_repository(page, link) == target
+
+
+@needs_mkdocs
 def test_every_module_has_a_page_of_the_reference():
     reference = hook("reference_pages")
     covered = {name for part in reference.PARTS for name in reference.modules_of(part)}
