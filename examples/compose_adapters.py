@@ -42,29 +42,36 @@ def main(argv: list[str] | None = None) -> None:
         Trainer(model, arguments, train_dataset=rows).train()
         model.save_pretrained(folder)
 
-    output = Path(options.output)
+    output, sources = Path(options.output), options.data.split(",")
     experts = dict(expert.split("=", 1) for expert in options.experts or [])
     if not experts:  # none were named: make one for each dataset, of different ranks
-        for rank, name in enumerate(options.data.split(","), start=4):
+        for rank, source in enumerate(sources, start=4):
             config = LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
-            adapter = get_peft_model(base, config)
-            train(adapter, [name], output / "experts" / name)
-            experts[name] = str(output / "experts" / name)
+            adapter, folder = get_peft_model(base, config), output / "experts" / Path(source).stem
+            train(adapter, [source], folder)
+            experts[folder.name] = str(folder)
             base = adapter.unload()  # the base again, without the adapter
 
-    config = MoELoraConfig(experts=experts, train_experts=False, top_k=1, router_scope="block", task_type="CAUSAL_LM")
+    config = MoELoraConfig(
+        experts=experts,
+        train_experts=False,
+        top_k=1,
+        router_selection="hybrid",  # one expert a token in use; all weighed in training, or nothing could be learnt
+        router_balance_coef=0.0,  # the data says how much of each
+        router_scope="block",
+        task_type="CAUSAL_LM",
+    )
     model = get_peft_model(base, config)
     model.print_trainable_parameters()  # the router alone
-    train(model, options.data.split(","), output)
+    train(model, sources, output)
 
-    for name in options.data.split(","):  # which expert takes what
-        batch = tokenizer(
-            load_documents(name, "test")["text"][0], return_tensors="pt", truncation=True, max_length=128
-        )
-        model(**batch.to(model.device))
+    model.eval()
+    for source in sources:  # which expert takes what
+        text = load_documents(source, "test")["text"][0]
+        model(**tokenizer(text, return_tensors="pt", truncation=True, max_length=128).to(model.device))
         usage = [summary["usage"] for summary in model.routing_summary().values()]
         shares = {expert: sum(gate[expert] for gate in usage) / len(usage) for expert in experts}
-        print(name, {expert: f"{share:.0%}" for expert, share in shares.items()})
+        print(source, {expert: f"{share:.0%}" for expert, share in shares.items()})
     print(f"The mixture, with its experts, lies in {output}")
 
 
