@@ -91,7 +91,7 @@ def _pr(fork: Fork, options: argparse.Namespace) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     about, calls = __doc__.split("\n\n")[:2]
-    one_line = partial(argparse.RawDescriptionHelpFormatter, width=160)
+    one_line = partial(argparse.RawDescriptionHelpFormatter, max_help_position=32, width=160)
     parser = argparse.ArgumentParser(
         prog="fork.py", description=about, epilog=f"examples:\n{calls}", formatter_class=one_line
     )

@@ -33,7 +33,7 @@ needs_browser = pytest.mark.skipif(
 def site(tmp_path_factory) -> Path:
     """The folder of the built site; a broken link or anchor fails."""
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     # a proxy that is not there: whatever would be fetched fails
     settings = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "https_proxy": "http://127.0.0.1:9", "http_proxy": ""}
     done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True)
