@@ -181,6 +181,7 @@ def open_all(page, address: str, names: list[str]) -> None:
 @needs_mkdocs
 @needs_browser
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_every_written_page_opens_without_an_error_or_a_request_elsewhere(page, address):
     names = [name.replace("README.md", "index.md") for name in nav_pages()]  # as mkdocs does
     open_all(page, address, [f"{name.removesuffix('.md')}.html" for name in names])
@@ -189,6 +190,7 @@ def test_every_written_page_opens_without_an_error_or_a_request_elsewhere(page, 
 @needs_mkdocs
 @needs_browser
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_every_page_of_the_reference_opens(page, address, site):
     names = sorted(path.relative_to(site).as_posix() for path in (site / "reference").glob("*.html"))
     assert len(names) > 50
