@@ -28,7 +28,7 @@ from dylo_moe import DyLoRA_MoE
 model = DyLoRA_MoE.from_pretrained("this/folder")
 ```
 
-or, without its skills and settings, for the same logits:
+or, without its skills and settings (the base in the precision it is stored in, unless `dtype` says another):
 
 ```python
 from peft import AutoPeftModelForCausalLM

@@ -1,6 +1,6 @@
 """Put LoRA adapters that you have behind one router, and train the router alone.
 
-    python examples/compose_adapters.py                       # first makes two small adapters, prose and code
+    python examples/compose_adapters.py                       # first makes two small adapters, prose and math
     python examples/compose_adapters.py --experts math=me/math-lora code=out/code --model owner/name --data math,code
 
 The adapters may differ in rank, alpha and target modules, and stay as they are, bit for bit.
@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--experts", nargs="+", metavar="NAME=WHERE", help="adapters: folder or hub id of each")
     parser.add_argument("--model", default="base", help="base (committed), smollm2-135m, a folder or a hub id")
     parser.add_argument(
-        "--data", default="prose,code", help="domains, files, folders, hub datasets, separated by commas"
+        "--data", default="prose,math", help="domains, files, folders, hub datasets, separated by commas"
     )
     parser.add_argument("--steps", type=int, default=50, help="optimizer steps of each training")
     parser.add_argument("--output", default="out/composed", help="folder of the mixture")
