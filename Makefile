@@ -82,6 +82,12 @@ router-study: $(DATA) ## study the routers of the small mixture, and renew the r
 	cp runs/router_study/report.html runs/router_study/findings.md runs/router_study/pictures/overview.png \
 		docs/router_study/
 
+.PHONY: docs
+docs: $(INSTALLED) ## build the site of the documentation into build/site; a broken link fails
+	@echo "== building the site"
+	NO_MKDOCS_2_WARNING=1 $(VENV_PYTHON) -m mkdocs build --strict $(ARGS)
+	@echo "The site is build/site/index.html; its search needs a server: $(VENV_PYTHON) -m http.server -d build/site"
+
 .PHONY: lint
 lint: $(INSTALLED) ## check the style of the code and that the fork's queue and tree agree
 	@echo "== checking the style"
@@ -123,7 +129,7 @@ $(INSTALLED): pyproject.toml constraints.txt $(QUEUE) | $(VENV_PYTHON)
 	@echo "== installing the fork: fetching the pinned release of PEFT, patching it"
 	$(PIP) install -c constraints.txt --no-build-isolation -e ./peft
 	@echo "== installing dylo_moe and moe_ext"
-	$(PIP) install -c constraints.txt --no-build-isolation -e ".[demo,dev,moqe,quant,study]"
+	$(PIP) install -c constraints.txt --no-build-isolation -e ".[demo,dev,docs,moqe,quant,study]"
 	@touch $@
 
 $(DATA): $(INSTALLED)

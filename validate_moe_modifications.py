@@ -1,6 +1,5 @@
 """Check that routed LoRA computes what it says, on a model of your choice, and show where a fault lies."""
 
-import argparse
 import logging
 import sys
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from dylo_moe.equivalence_models import Source, open_checkpoint, open_model
 from dylo_moe.equivalence_report import as_json, as_table
 from foundation.allocator import keep_freed_memory
 from foundation.base_model import COMMITTED
+from foundation.options import PlainParser
 from foundation.whole_files import write_text
 
 # Tokens of one forward in the speed table, as in `make bench`; fewer for a model that knows fewer positions.
@@ -24,22 +24,19 @@ BENCHMARK_TOKENS = 512
 
 def main(argv: list[str] | None = None) -> int:
     """Print the table; returns 1 if a check failed, 0 otherwise. Bad input ends with exit code 2 and one line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="example: python validate_moe_modifications.py --model smollm2-135m --json results/validation.json",
+    parser = PlainParser(
+        __doc__, example="python validate_moe_modifications.py --model smollm2-135m --json results/validation.json"
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--model",
         metavar="NAME",
         default=COMMITTED,
-        help="base model for random experts: base (committed), smollm2-135m, a folder or a hub id (default: base)",
+        help="base model for random experts: base (committed), smollm2-135m, a folder or a hub id",
     )
-    what.add_argument(
-        "--checkpoint", metavar="DIR", help="a saved mixture or folder of LoRA adapters instead (default: none)"
-    )
-    parser.add_argument("--benchmark", action="store_true", help="measure a speed table too (default: off)")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the results to this file (default: none)")
+    what.add_argument("--checkpoint", metavar="DIR", help="a saved mixture or folder of LoRA adapters instead")
+    parser.add_argument("--benchmark", action="store_true", help="measure a speed table too")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the results to this file")
     options = parser.parse_args(argv)
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)

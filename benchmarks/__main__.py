@@ -9,18 +9,25 @@ from benchmarks.engine import MIN_ROUNDS, PARTS, run_part
 from benchmarks.machine import supports
 from benchmarks.models import SIZES, Setting
 from benchmarks.report import write_report
+from foundation.options import PlainParser
 
 ROUNDS = 15
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Time routed LoRA and its alternatives.")
+    parser = PlainParser(
+        "Time routed LoRA and its alternatives.",
+        example="python -m benchmarks --dtype bfloat16 --parts forward,training --rounds 15",
+        prog="python -m benchmarks",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where it runs")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="number format")
     parser.add_argument("--size", choices=tuple(SIZES), help="the base model; small on a CPU, large on CUDA")
-    parser.add_argument("--parts", type=part_names, default=list(PARTS), help=f"comma-separated, of {','.join(PARTS)}")
-    parser.add_argument("--rounds", type=number_of_rounds, default=ROUNDS, help="times each way is run (%(default)s)")
-    parser.add_argument("--output", type=Path, help="folder of the results; default results/DEVICE-DTYPE")
+    parser.add_argument("--parts", type=part_names, default=list(PARTS), metavar="NAMES", help="comma-separated parts")
+    parser.add_argument("--rounds", type=number_of_rounds, default=ROUNDS, metavar="N", help="times each way is run")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="folder of the results; by default results/DEVICE-DTYPE"
+    )
     parser.add_argument("--again", action="store_true", help="measure also what is done with the same settings")
     arguments = parser.parse_args(argv)
     if not supports(arguments.device, arguments.dtype):

@@ -5,7 +5,6 @@
 A ratio that misses its target comes with this table; `python -m benchmarks` writes it as the part `operators`.
 """
 
-import argparse
 import sys
 from collections.abc import Callable
 
@@ -17,6 +16,7 @@ from benchmarks.models import SIZES, Setting, random_tokens
 from benchmarks.parts import build
 from benchmarks.ways import Way, all_ways, lora, routed
 from foundation.allocator import keep_freed_memory
+from foundation.options import PlainParser
 
 SHOWN = 12
 TURNS = 5
@@ -82,7 +82,11 @@ def as_text(table: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.operators", description=__doc__.splitlines()[0])
+    parser = PlainParser(
+        __doc__.splitlines()[0],
+        example="python -m benchmarks.operators --way routed-8-top2 --against lora-r128 --step forward",
+        prog="python -m benchmarks.operators",
+    )
     parser.add_argument("--way", default="routed-8-top2", help="the way to explain")
     parser.add_argument("--against", default="lora-r128", help="the way to subtract")
     parser.add_argument("--step", choices=("forward", "training"), default="training", help="what to profile")

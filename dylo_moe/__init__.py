@@ -10,6 +10,7 @@ What else you need, import from the module that holds it:
     dylo_moe.skills       the skills it has met (`SkillLibrary`); `dylo_moe.novelty` tells known from new
     dylo_moe.continual    skills learnt one after another (`run`)
     dylo_moe.training     train an adapter: resumable, routing watched (`train_adapter`, `TrainingConfig`)
+    dylo_moe.xlora        an X-LoRA of PEFT, taken over exactly (`load_xlora`)
     dylo_moe.evaluate     perplexity by domain, lm-eval, HumanEval (`python -m dylo_moe.evaluate`)
 
 Text and base models come from the package `foundation`.

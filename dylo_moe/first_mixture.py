@@ -19,6 +19,7 @@ from transformers import set_seed
 from dylo_moe import data_report
 from dylo_moe.adapters import MixtureConfig, add_lora_of_size, add_mixture, num_trained
 from dylo_moe.expert_usage import draw_usage, usage_by_block
+from dylo_moe.model_card import describe_lora, describe_training, shown
 from dylo_moe.run_settings import SETTINGS, refuse_other_settings
 from dylo_moe.throughput import tokens_per_second
 from dylo_moe.training import CHECKPOINTS, TrainingConfig, is_trained, train_adapter
@@ -122,6 +123,8 @@ def run(mixture: MixtureConfig, data: DataConfig, training: TrainingConfig, conf
         base, _ = _load_base(config, training)
         set_seed(training.seed)
         lora = add_lora_of_size(base, sizes[MIXTURE], mixture)
+        if is_first_process():
+            describe_lora(lora, output / LORA, base_name=config.model_name)
         sizes[LORA] = train(lora, LORA, f"one LoRA of rank {lora.peft_config['default'].r}")
     if not is_first_process():
         return {}
@@ -140,6 +143,8 @@ def run(mixture: MixtureConfig, data: DataConfig, training: TrainingConfig, conf
     results["continuations"] = _continuations(model, tokenizer, data)
     draw_usage(usage, model.mixture_config.expert_names, output / PICTURE)
     write_json(output / RESULTS, results)
+    for name in sizes:
+        _describe_training(output / name, results, name)
     return results
 
 
@@ -294,6 +299,29 @@ def _perplexities(
 def _speeds(model, blocks: Dataset) -> dict[str, float]:
     batch = collate(list(blocks.select(range(min(8, len(blocks))))))
     return tokens_per_second(model, model.mixture_config.expert_names, batch["input_ids"].to(model.device))
+
+
+def _describe_training(folder: Path, results: dict, adapter: str) -> None:
+    """Add to an adapter's model card what it was trained on, and how it and the others did."""
+    data, training = results["settings"]["data"], results["settings"]["training"]
+    quant = results["settings"]["run"]["quant"]
+    names = [name.strip() for name in data["datasets"].split(",")]
+    length = f"{training['num_steps']} steps" if training["num_steps"] else f"{training['num_epochs']:g} epochs"
+    rows = f"{training['train_batch_size']} x {training['gradient_accumulation_steps']}"
+    facts = {
+        "data": f"{', '.join(map(shown, names))}; {data['training_subset']:g} % of the training documents",
+        "length": f"{length}; {rows} rows of {data['max_seq_length']} tokens on each device",
+        "learning rate": f"{training['learning_rate']:g}, {training['lr_strategy']}",
+        "quantised base": {"none": "no"}.get(quant, quant),
+        "seed": training["seed"],
+    }
+    systems = {"base": "base", LORA: "one LoRA", MIXTURE: "mixture"}
+    perplexity = {
+        f"{systems[name]} (this)" if name == adapter else systems[name]: found
+        for name, found in results["perplexity"].items()
+    }
+    some = f"the first {data['eval_blocks']} rows of " if data["eval_blocks"] else ""
+    describe_training(folder, facts, perplexity, measured_on=f"{some}the test split of each dataset")
 
 
 def _continuations(model, tokenizer, data: DataConfig) -> dict[str, tuple[str, str]]:

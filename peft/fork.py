@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from fork_check import check
@@ -103,11 +104,18 @@ def _verify(fork: Fork, options: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fork.py", description=__doc__.split("\n\n")[0])
+    about, calls = __doc__.split("\n\n")[:2]
+    one_line = partial(argparse.RawDescriptionHelpFormatter, max_help_position=32, width=160)
+    parser = argparse.ArgumentParser(
+        prog="fork.py", description=about, epilog=f"examples:\n{calls}", formatter_class=one_line
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, run, help_: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=help_, description=help_)
+        example = next(line.strip() for line in calls.splitlines() if f"fork.py {name}" in line)
+        added = commands.add_parser(
+            name, help=help_, description=help_, epilog=f"example: {example}", formatter_class=one_line
+        )
         added.set_defaults(run=run)
         return added
 
@@ -124,7 +132,9 @@ def _parser() -> argparse.ArgumentParser:
     taking.add_argument("--base", metavar="REV", help="with --from: the commit that holds the pinned release")
     taking.add_argument("--subject", help="with --new: first line of the header")
     taking.add_argument("--why", help="with --new: why the patch is needed")
-    taking.add_argument("--upstream", default="not sent yet.", help="with --new: sent where, or why not")
+    taking.add_argument(
+        "--upstream", default="not sent yet.", help="with --new: sent where, or why not (default: %(default)s)"
+    )
     moving = command(
         "rebase", _rebase, "Move the queue to another release by a three-way merge; on conflict change nothing."
     )

@@ -23,6 +23,7 @@ import time
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from fork_patches import apply_queue
@@ -115,12 +116,27 @@ class Side:
 
 def main(argv: list[str] | None = None) -> int:
     """Run both sides; returns 0 when the same tests pass, 1 when not or when something else went wrong."""
-    parser = argparse.ArgumentParser(prog="upstream_tests.py", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="upstream_tests.py",
+        description=__doc__.split("\n\n")[0],
+        epilog="example: python peft/upstream_tests.py --workers 4 --again",
+        formatter_class=partial(argparse.HelpFormatter, max_help_position=30, width=160),
+    )
     parser.add_argument("--workers", type=int, default=2, help="processes a side (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=HERE.state / "upstream-tests", help="folder of the summary")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=HERE.state / "upstream-tests",
+        help="folder of the summary; by default .fork/upstream-tests",
+    )
     parser.add_argument("--again", action="store_true", help="run the pristine side even when its result is kept")
     parser.add_argument(
-        "--select", nargs="+", default=FILES, choices=FILES, metavar="FILE", help="only these test files"
+        "--select",
+        nargs="+",
+        default=FILES,
+        choices=FILES,
+        metavar="FILE",
+        help="only these test files; by default all of LoRA's",
     )
     parser.add_argument("--requirements", action="store_true", help="print the packages the tests need, and stop")
     options = parser.parse_args(argv)

@@ -120,7 +120,8 @@ def as_text(measured: dict[tuple[str, str], dict[float, Nll]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = OptionParser((ContinualConfig,), description=__doc__.splitlines()[0])
+    about, _, example = __doc__.splitlines()[:3]
+    parser = OptionParser((ContinualConfig,), description=about, epilog=f"example:\n{example.strip()}")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     keep_freed_memory()
     try:

@@ -90,7 +90,8 @@ def search(options: SearchOptions) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = OptionParser((SearchOptions,), description=__doc__.splitlines()[0])
+    about, _, example = __doc__.splitlines()[:3]
+    parser = OptionParser((SearchOptions,), description=about, epilog=f"example:\n{example.strip()}")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     keep_freed_memory()
     try:

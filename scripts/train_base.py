@@ -32,7 +32,6 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    HfArgumentParser,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -40,6 +39,7 @@ from transformers import (
 
 from foundation.allocator import keep_freed_memory
 from foundation.domains import DOMAINS
+from foundation.options import OptionParser
 from foundation.packing import token_stream
 from foundation.perplexity import measure_texts
 
@@ -358,9 +358,13 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = HfArgumentParser(BaseTrainingConfig, description=__doc__.splitlines()[0])
+    parser = OptionParser(
+        (BaseTrainingConfig,),
+        description=__doc__.splitlines()[0],
+        epilog="example:\npython scripts/train_base.py --run_folder runs/base --steps 950 --bf16",
+    )
     try:
-        (config,) = parser.parse_args_into_dataclasses(argv)
+        (config,) = parser.parse(argv)
     except ValueError as refused:
         parser.error(str(refused))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)

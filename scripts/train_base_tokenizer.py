@@ -6,7 +6,6 @@ Numbers are cut into single digits (arithmetic is learnt far more easily so), an
 characters, so that no domain's words crowd out another's.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from foundation.domains import DOMAINS
+from foundation.options import PlainParser
 
 VOCABULARY = 4096
 CONTEXT = 512  # tokens; what the base model is trained with
@@ -74,8 +74,10 @@ def balanced_texts():
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="folder the tokenizer's files are written to")
+    parser = PlainParser(
+        __doc__.splitlines()[0], example="python scripts/train_base_tokenizer.py --output foundation/base"
+    )
+    parser.add_argument("--output", type=Path, metavar="DIR", required=True, help="folder of the tokenizer's files")
     output = parser.parse_args(argv).output
     tokenizer = train_tokenizer()
     tokenizer.save_pretrained(output)

@@ -24,10 +24,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from train_base import BaseTrainingConfig, train, write_whole
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, OlmoeConfig, OlmoeForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, OlmoeConfig, OlmoeForCausalLM
 
 from foundation.base_model import COMMITTED_FOLDER as BASE_FOLDER
 from foundation.domains import DOMAINS
+from foundation.options import OptionParser
 from foundation.packing import pack_documents
 
 SHAPE = {
@@ -129,9 +130,13 @@ def train_small_moe(config: SmallMoeTrainingConfig) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = HfArgumentParser(SmallMoeTrainingConfig, description=__doc__.splitlines()[0])
+    parser = OptionParser(
+        (SmallMoeTrainingConfig,),
+        description=__doc__.splitlines()[0],
+        epilog="example:\npython scripts/train_small_moe.py --run_folder runs/small_moe --bf16",
+    )
     try:
-        (config,) = parser.parse_args_into_dataclasses(argv)
+        (config,) = parser.parse(argv)
     except ValueError as refused:
         parser.error(str(refused))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("dylo_moe", "foundation", "moe_ext")
 # Front doors, as are the files at the top: they import the packages, and nothing imports them.
-SCRIPT_FOLDERS = ("benchmarks", "scripts")
+SCRIPT_FOLDERS = ("benchmarks", "examples", "scripts")
 IMPORT_FUNCTIONS = ("import_module", "__import__", "importorskip")
 
 

@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -123,6 +124,14 @@ def test_the_project_asks_for_the_fork_that_is_pinned():
     asked = [str(requirement) for requirement in requirements() if requirement.name == "peft"]
     assert asked == [f"peft=={fork_version()}"]
     assert "peft" not in constraints()
+
+
+def test_the_citation_and_the_changelog_are_of_this_version():
+    project = read_toml("pyproject.toml")["project"]
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= cited.keys()  # what the format asks for
+    assert (cited["version"], cited["license"]) == (project["version"], project["license"])
+    assert f"\n## {project['version']}\n" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
 def test_the_project_and_the_fork_need_the_same_python():

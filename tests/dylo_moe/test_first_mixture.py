@@ -1,6 +1,7 @@
 """`train.py` from its options to its files, on a tiny random base and small text files."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -48,6 +49,26 @@ def test_the_saved_mixture_is_a_dylora_moe_that_finds_its_base_and_can_grow(fini
     for expert in ("expert_0", "expert_2"):
         kept = DyLoRA_MoE.from_pretrained(finished / "mixture")(input_ids=ids, expert_id=expert).logits
         assert torch.equal(model(input_ids=ids, expert_id=expert).logits, kept)
+
+
+@pytest.mark.parametrize("adapter", ["mixture", "lora"])
+def test_the_card_of_an_adapter_tells_what_the_run_measured_and_how_to_load_it(adapter, finished, tiny_base):
+    card = (finished / adapter / "README.md").read_text()
+    results = json.loads((finished / "results.json").read_text())
+    for system, found in results["perplexity"].items():
+        name = {"base": "base", "lora": "one LoRA", "mixture": "mixture"}[system]
+        figures = " | ".join(f"{perplexity:.2f}" for perplexity in found.values())
+        assert f"| {name}{' (this)' * (system == adapter)} | {figures} |" in card
+    assert f"`{tiny_base}` (llama, 2 layers, width 32" in card
+    assert "4 steps; 2 x 1 rows of 16 tokens" in card and "the first 3 rows of the test split" in card
+    assert f"{results['trained_parameters'][adapter]:,}" in card or adapter == "mixture"
+    loaded = []
+    for snippet in re.findall(r"```python\n(.*?)```", card, flags=re.S):
+        names = {}
+        exec(snippet.replace("this/folder", str(finished / adapter)), names)
+        loaded.append(names["model"](input_ids=torch.arange(3, 19)[None]).logits)
+    assert len(loaded) == {"mixture": 2, "lora": 1}[adapter]
+    assert all(torch.equal(logits, loaded[0]) for logits in loaded)
 
 
 def test_the_two_adapters_have_about_as_many_trained_parameters(finished):
