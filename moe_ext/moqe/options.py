@@ -24,8 +24,7 @@ class TextOptions:
 
     data_dir: str = field(
         metadata={
-            "help": "Folder of .parquet, .jsonl or text files, a file, a built-in domain (prose, code, math) or a hub "
-            "dataset; several separated by commas."
+            "help": "Text: folders or files (.parquet, .jsonl, text), prose, code, math, hub datasets; comma separated."
         }
     )
     text_column: str = field(default="text", metadata={"help": "Column that holds the text."})

@@ -37,8 +37,7 @@ class TextOptions:
     data: str = field(
         default="prose,code,math",
         metadata={
-            "help": "Domains as name=source,...: a built-in domain (prose, code, math), a file or folder, or a hub "
-            "dataset (fineweb, gsm8k, math500, aqua_rat, humaneval, codeparrot, or owner/name:subset)."
+            "help": "Domains as name=source,...: prose, code, math, a file, a folder, or a hub dataset such as gsm8k."
         },
     )
     split: Part = field(default="test", metadata={"help": "Split of built-in domains, files and owner/name."})
