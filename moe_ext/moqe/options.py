@@ -24,7 +24,7 @@ class TextOptions:
 
     data_dir: str = field(
         metadata={
-            "help": "Text: folders or files (.parquet, .jsonl, text), prose, code, math, hub datasets; comma separated."
+            "help": "Text: folders or files (.parquet, .jsonl, text), prose, code, math, hub datasets, by commas."
         }
     )
     text_column: str = field(default="text", metadata={"help": "Column that holds the text."})

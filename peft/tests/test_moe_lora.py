@@ -345,6 +345,12 @@ class TestFromTrainedAdapters:
         with pytest.raises(ValueError, match=r"Expert 'x' \('.*more'\) also trains biases, whole modules or tokens"):
             from_trained(base_folder, {"x": str(tmp_path / "more"), "y": trained["math"]})
 
+    def test_experts_may_be_named_by_numbers_as_layers_are(self, base_folder, trained, tmp_path):
+        model = from_trained(base_folder, {"0": trained["math"], "1": trained["code"]})
+        model.save_pretrained(tmp_path / "mixture")
+        loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "mixture")
+        assert torch.equal(logits(loaded), logits(model))
+
     def test_an_adapter_of_another_base_is_refused(self, base_folder, trained, tmp_path):
         other = tiny_base("llama", num_hidden_layers=1)
         config = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")

@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any, Optional
 
 from torch import nn
@@ -123,7 +124,7 @@ class MoELoraModel(LoraModel):
         loaded = set_peft_model_state_dict(
             self.model, load_peft_weights(source, device="cpu"), name, low_cpu_mem_usage=low_cpu_mem_usage
         )
-        missing = [key for key in loaded.missing_keys if f".{name}." in key]
+        missing = [key for key in loaded.missing_keys if _is_of_adapter(key, name)]
         if loaded.unexpected_keys or missing:
             raise ValueError(
                 f"The adapter '{source}' for expert '{name}' does not fit this base model: unexpected "
@@ -299,7 +300,7 @@ class MoELoraModel(LoraModel):
         expected = {
             key
             for key in _filter_state_dict_by_key_prefixes(held, _get_tuner_state_dict_key_prefixes(model))
-            if not any(f".{name}." in key or key.endswith(f".{name}") for name in others)
+            if not any(_is_of_adapter(key, name) for name in others)
         }
         missing, unexpected = sorted(expected - state_dict.keys()), sorted(state_dict.keys() - held.keys())
         if missing or unexpected:
@@ -309,6 +310,11 @@ class MoELoraModel(LoraModel):
                 "they were saved with, onto the base model they were trained for."
             )
         return state_dict
+
+
+def _is_of_adapter(key: str, name: str) -> bool:
+    """Whether a key of the state dict is a LoRA weight of this adapter; layers may be numbered like adapters."""
+    return re.search(rf"\.lora_\w+\.{re.escape(name)}(\.|$)", key) is not None
 
 
 def _load_lora_config(name: str, source: str, inference_mode: bool) -> LoraConfig:
