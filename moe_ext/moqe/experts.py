@@ -204,7 +204,7 @@ def load_expert(path: str | Path, *, dtype: Dtype = "auto", gguf_backend: GgufBa
             return Expert(load_packed(place, number), tokenizer, identity, "packed")
         unpacking = _unpacking(place)
         model, loading = AutoModelForCausalLM.from_pretrained(
-            place, dtype=number, quantization_config=unpacking, output_loading_info=True
+            place, dtype=number, output_loading_info=True, **unpacking
         )
     except OSError as unread:  # transformers' answer to files that are missing or damaged
         raise ValueError(f"The expert {place} could not be read: {str(unread).splitlines()[0]}") from unread
@@ -212,7 +212,7 @@ def load_expert(path: str | Path, *, dtype: Dtype = "auto", gguf_backend: GgufBa
         raise ModuleNotFoundError(f"The expert {place} needs a package that is not there: {missing}") from missing
     if missing := sorted(loading["missing_keys"]):  # transformers warns and fills them with random numbers
         raise ValueError(f"The expert {place} lacks {len(missing)} weights, among them {missing[0]}. Copy it again.")
-    if unpacking is not None:
+    if unpacking:
         return Expert(model, tokenizer, identity, f"{COMPRESSED_TENSORS}, unpacked")
     method = getattr(model, "quantization_method", None)
     return Expert(
@@ -220,11 +220,14 @@ def load_expert(path: str | Path, *, dtype: Dtype = "auto", gguf_backend: GgufBa
     )
 
 
-def _unpacking(folder: Path) -> CompressedTensorsConfig | None:
-    """Asks for compressed-tensors' weights to be unpacked: left packed, they have no forward pass on a CPU (0.20)."""
+def _unpacking(folder: Path) -> dict[str, CompressedTensorsConfig]:
+    """Asks for compressed-tensors' weights to be unpacked: left packed, they have no forward pass on a CPU (0.20).
+
+    Empty for other formats: an argument of None would make transformers forget the format that the folder states.
+    """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     method = (config.get("quantization_config") or {}).get("quant_method")
-    return CompressedTensorsConfig(dequantize=True) if method == COMPRESSED_TENSORS else None
+    return {"quantization_config": CompressedTensorsConfig(dequantize=True)} if method == COMPRESSED_TENSORS else {}
 
 
 def torch_dtype(dtype: Dtype) -> torch.dtype:

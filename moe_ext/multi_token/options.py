@@ -22,8 +22,7 @@ class TrainOptions:
 
     data: str = field(
         metadata={
-            "help": 'JSONL of {"question": ..., "response": ...}, text files, built-in domains (prose, code, math) or '
-            "hub datasets; several separated by commas."
+            "help": 'JSONL of {"question": ..., "response": ...}, text files, prose, code, math, hub data; by commas.'
         }
     )
     out: str = field(metadata={"help": "Folder for s1, s2 and ppo_final."})

@@ -117,15 +117,11 @@ class ReproduceOptions(TextOptions):
     )
     out: str = field(metadata={"help": "Folder of the results."})
     data: str = field(default="fineweb,codeparrot,gsm8k", metadata={"help": "Domains as name=source,..."})
-    revisions: list[str] = field(
-        default_factory=lambda: [
-            "step5000-tokens20B",
-            "step120000-tokens503B",
-            "step245000-tokens1027B",
-            "step490000-tokens2055B",
-            "main",
-        ],
-        metadata={"help": "Checkpoints for the saturation: about 1, 10, 20 and 40 % of training, and the end."},
+    revisions: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Checkpoints for the saturation; OLMoE's at about 1, 10, 20, 40 and 100 % where none is named."
+        },
     )
 
 
@@ -133,7 +129,7 @@ class ReproduceOptions(TextOptions):
 class OverheadOptions:
     """Of `overhead`."""
 
-    model: str = field(default=SMALL_MOE, metadata={"help": f"{MODEL_HELP} Or wide: an untrained OLMoE of width 512."})
+    model: str = field(default=SMALL_MOE, metadata={"help": f"{MODEL_HELP} wide is an untrained OLMoE."})
     batch_size: int = field(default=8, metadata={"help": "Rows of a pass."})
     row_tokens: int = field(default=256, metadata={"help": "Tokens of a row."})
     rounds: int = field(default=30, metadata={"help": "Pairs of passes."})

@@ -23,6 +23,14 @@ from moe_ext.router_study.tables import as_json
 from moe_ext.router_study.wrapper import MoEModelWrapper
 
 DOMAIN_LAYER = 7
+# At about 1, 10, 20, 40 and 100 % of training.
+OLMOE_REVISIONS = (
+    "step5000-tokens20B",
+    "step120000-tokens503B",
+    "step245000-tokens1027B",
+    "step490000-tokens2055B",
+    "main",
+)
 # Of the paper's figures: how far a measured value may lie off and still be called the same. The text is another one.
 NEAR = 0.08
 
@@ -49,7 +57,7 @@ def reproduce_olmoe(options: ReproduceOptions) -> str:
     check_free(out)
     check_drawing()
     parse_sources(options.data)
-    names = [revision.name for revision in in_order(options.revisions)]
+    names = [revision.name for revision in in_order(options.revisions or OLMOE_REVISIONS)]
     for name in names:
         resolve_revision(options.model, name)
     work = work_folder(out)

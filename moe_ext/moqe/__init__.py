@@ -1,0 +1,1 @@
+"""A router over frozen, quantised versions of one model; see docs/moqe.md."""
