@@ -67,7 +67,7 @@ def random_cases(count=25):
         yield random.randint(1, 9), ranks, random.randint(1, 7), seed
 
 
-cases = pytest.mark.parametrize(("num_tokens", "ranks", "kept", "seed"), random_cases())
+cases = pytest.mark.parametrize(("num_tokens", "ranks", "kept", "seed"), list(random_cases()))
 
 
 @cases
