@@ -183,6 +183,18 @@ def _kind(action: argparse.Action) -> str:
     return f"{kind} ..." if action.nargs in ("+", "*") else kind
 
 
+def check_at_least(options: Any, **least: float) -> None:
+    """Refuse options that are set below their bound.
+
+    Raises:
+        ValueError: which one, its value, and the bound.
+    """
+    for name, bound in least.items():
+        value = getattr(options, name)
+        if value is not None and value < bound:
+            raise ValueError(f"{name} is {value}, but must be at least {bound}.")
+
+
 def names_option(name: str, argv: Sequence[str] | None = None) -> bool:
     """Whether the command line, or the file it names with `--config`, sets an option; nothing is checked yet."""
     argv = list(sys.argv[1:] if argv is None else argv)

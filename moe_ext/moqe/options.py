@@ -4,18 +4,12 @@ from dataclasses import dataclass, field, fields
 from typing import Literal, get_args
 
 from foundation.data import Part
+from foundation.options import check_at_least
 from moe_ext.moqe.experts import Dtype, GgufBackend
 from moe_ext.moqe.router import Mode, RouterConfig
 
 SCHEME_HELP = "int2 ... int8, int2@SOURCE, nf4, bnb8, q8_0, q4_1, f16, full; by commas."
 EXPERT_HELP = "folders, GGUF files, base, smollm2-135m, smollm2-135m.gguf, hub ids."
-
-
-def _at_least(options, **least: float) -> None:
-    for name, bound in least.items():
-        value = getattr(options, name)
-        if value is not None and value < bound:
-            raise ValueError(f"{name} is {value}, but must be at least {bound}.")
 
 
 @dataclass(kw_only=True)
@@ -33,7 +27,7 @@ class TextOptions:
     batch_size: int = field(default=8, metadata={"help": "Rows at once."})
 
     def __post_init__(self) -> None:
-        _at_least(self, row_length=4, rows_per_document=1, batch_size=1)
+        check_at_least(self, row_length=4, rows_per_document=1, batch_size=1)
 
 
 @dataclass(kw_only=True)
@@ -78,8 +72,8 @@ class TrainingOptions(TextOptions, ComputeOptions, RouterConfig):
     def __post_init__(self) -> None:
         TextOptions.__post_init__(self)
         RouterConfig.__post_init__(self)
-        _at_least(self, gradient_accumulation_steps=1, max_tokens=1, validation_tokens=1, cache_gb=0)
-        _at_least(self, save_steps=1, logging_steps=1, weight_decay=0, curriculum_epochs=0)
+        check_at_least(self, gradient_accumulation_steps=1, max_tokens=1, validation_tokens=1, cache_gb=0)
+        check_at_least(self, save_steps=1, logging_steps=1, weight_decay=0, curriculum_epochs=0)
         for name in ("learning_rate", "epochs"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be above 0.")
@@ -131,7 +125,7 @@ class EvalOptions(TextOptions, ComputeOptions):
 
     def __post_init__(self) -> None:
         TextOptions.__post_init__(self)
-        _at_least(self, max_tokens=1, resamples=1, speed_rounds=0)
+        check_at_least(self, max_tokens=1, resamples=1, speed_rounds=0)
 
 
 @dataclass(kw_only=True)
@@ -144,7 +138,7 @@ class RoundingOptions:
     calibration_length: int = field(default=256, metadata={"help": "Tokens of a block."})
 
     def __post_init__(self) -> None:
-        _at_least(self, group_size=1, calibration_blocks=1, calibration_length=2)
+        check_at_least(self, group_size=1, calibration_blocks=1, calibration_length=2)
 
 
 @dataclass(kw_only=True)
@@ -178,7 +172,7 @@ class RunOptions(TrainingOptions, RoundingOptions):
     def __post_init__(self) -> None:
         TrainingOptions.__post_init__(self)
         RoundingOptions.__post_init__(self)
-        _at_least(self, test_tokens=1, resamples=1, speed_rounds=0)
+        check_at_least(self, test_tokens=1, resamples=1, speed_rounds=0)
         if unknown := sorted(set(self.modes) - set(get_args(Mode))):
             raise ValueError(f"modes names '{unknown[0]}', but must be of {', '.join(get_args(Mode))}.")
 

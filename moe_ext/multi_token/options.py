@@ -4,16 +4,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from foundation.base_model import Quantization
+from foundation.options import check_at_least
 from moe_ext.multi_token.generation import Mode
 from moe_ext.multi_token.heads import HeadKind
 from moe_ext.multi_token.model import MultiTokenConfig
-
-
-def _at_least(options, **least: float) -> None:
-    for name, bound in least.items():
-        value = getattr(options, name)
-        if value is not None and value < bound:
-            raise ValueError(f"{name} is {value}, but must be at least {bound}.")
 
 
 @dataclass(kw_only=True)
@@ -66,7 +60,9 @@ class TrainOptions:
     seed: int = field(default=0, metadata={"help": "Seed of weights, choice and order of rows."})
 
     def __post_init__(self) -> None:
-        _at_least(self, ppo_steps=0, batch=1, length=8, prompt_length=2, max_rows=1, save_steps=1, logging_steps=1)
+        check_at_least(
+            self, ppo_steps=0, batch=1, length=8, prompt_length=2, max_rows=1, save_steps=1, logging_steps=1
+        )
         for name in ("lr", "ppo_lr", "stage1_epochs"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be positive.")
@@ -123,7 +119,7 @@ class InferOptions:
     seed: int = field(default=0, metadata={"help": "Seed of sampling."})
 
     def __post_init__(self) -> None:
-        _at_least(self, max_tokens=1, temperature=0)
+        check_at_least(self, max_tokens=1, temperature=0)
         if not self.prompt:
             raise ValueError("prompt is empty. Give at least one character to continue.")
 
@@ -150,4 +146,4 @@ class BenchOptions:
     threads: int | None = field(default=None, metadata={"help": "CPU threads; by default as torch chooses."})
 
     def __post_init__(self) -> None:
-        _at_least(self, prompts=1, prompt_length=2, max_tokens=2, rounds=1, threads=1)
+        check_at_least(self, prompts=1, prompt_length=2, max_tokens=2, rounds=1, threads=1)

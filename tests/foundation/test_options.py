@@ -1,11 +1,12 @@
 """Options come from flags, then from the file, then from the defaults; nothing unknown gets in."""
 
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Literal
 
 import pytest
 
-from foundation.options import OptionParser, names_option, read_yaml_options
+from foundation.options import OptionParser, check_at_least, names_option, read_yaml_options
 
 
 @dataclass(kw_only=True)
@@ -150,3 +151,10 @@ class WithConfig:
 def test_an_option_named_config_is_the_commands_own():
     (options,) = OptionParser((WithConfig,)).parse(["--config", "other.json"])
     assert options.config == "other.json"
+
+
+def test_an_option_below_its_bound_is_refused_and_one_that_is_not_set_is_not():
+    options = SimpleNamespace(rows=2, most=None)
+    check_at_least(options, rows=2, most=1)
+    with pytest.raises(ValueError, match="^rows is 2, but must be at least 3.$"):
+        check_at_least(options, rows=3)

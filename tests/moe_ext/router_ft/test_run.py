@@ -64,5 +64,5 @@ def test_a_plan_is_a_format_or_a_sensitivity_with_its_bits():
 def test_the_committed_configuration_is_read():
     (options,) = OptionParser((RunOptions,)).parse(["--config", str(CONFIG)])
     assert options.names(options.plans) == ["INT4", "INT3", "INT2", "lower_alpha@2.625"]
-    assert len(options.names(options.allocations)) == 11
+    assert len(options.names(options.allocations)) == 5
     assert (options.objective, options.lr, options.split) == ("ce", 3e-3, "test")
