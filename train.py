@@ -18,10 +18,8 @@ from dylo_moe.first_mixture import RunConfig
 from dylo_moe.training import TrainingConfig
 from dylo_moe.training_data import DataConfig
 from foundation.allocator import keep_freed_memory
-from foundation.downloads import DownloadError
+from foundation.commands import LOG_FORMAT, LOG_TIME, run_command
 from foundation.options import OptionParser, names_option
-
-INTERRUPTED = 130  # what a shell reports of a program that was stopped by Ctrl-C
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,37 +33,23 @@ def main(argv: list[str] | None = None) -> int:
     )
     _speak_as_first_process()
     keep_freed_memory()
-    output = None
-    try:
-        configs = parser.parse(argv)
-        output = Path(configs[-1].output_dir)
-        text = _grow(*configs, output) if grows else _train(*configs, output)
-    except (ValueError, FileNotFoundError, DownloadError, ModuleNotFoundError) as refused:
-        parser.error(str(refused))
-    except KeyboardInterrupt:
-        if output is not None:
-            print(f"Stopped. What was trained lies in {output}; the same command continues there.", file=sys.stderr)
-        return INTERRUPTED
-    if text:
-        print(text)
-    return 0
+    return run_command(parser, _grow if grows else _train, argv)
 
 
-def _train(mixture: MixtureConfig, data: DataConfig, training: TrainingConfig, config: RunConfig, output: Path) -> str:
+def _train(mixture: MixtureConfig, data: DataConfig, training: TrainingConfig, config: RunConfig) -> str:
     if config.data_prep_only:
         return first_mixture.report_data(data, training, config)
     results = first_mixture.run(mixture, data, training, config)
-    return first_mixture.as_text(results, output) if results else ""
+    return first_mixture.as_text(results, Path(config.output_dir)) if results else ""
 
 
-def _grow(config: continual.ContinualConfig, output: Path) -> str:
-    return continual.as_text(continual.run(config), output)
+def _grow(config: continual.ContinualConfig) -> str:
+    return continual.as_text(continual.run(config), Path(config.output_dir))
 
 
 def _speak_as_first_process() -> None:
     level = logging.INFO if first_mixture.is_first_process() else logging.ERROR
-    logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.basicConfig(level=level, format=LOG_FORMAT, datefmt=LOG_TIME, stream=sys.stderr)
 
 
 if __name__ == "__main__":

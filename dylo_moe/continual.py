@@ -14,6 +14,7 @@ For each skill that arrives, in this order:
 
 import json
 import logging
+import math
 import os
 import shutil
 import time
@@ -29,6 +30,7 @@ from dylo_moe.continual_report import as_text, compare, draw
 from dylo_moe.continual_training import train_steps
 from dylo_moe.lr_schedule import TwoPhaseLRScheduler
 from dylo_moe.model import DyLoRA_MoE
+from dylo_moe.model_card import describe_training, shown
 from dylo_moe.novelty import BLOCKS_IN_A_BATCH, FEWEST_BATCHES, NoveltyDetector, Verdict
 from dylo_moe.router_replay import RouterReplay, refit_router
 from dylo_moe.run_settings import SETTINGS, refuse_other_settings
@@ -188,7 +190,7 @@ def run(config: ContinualConfig) -> dict:
     results = {"settings": asdict(config), "skills": config.skills, "visits": list(config.continual)}
     base.to(config.device)
     results["base"] = {skill: measure_blocks(base, text.measured).mean_nll for skill, text in texts.items()}
-    mixture = _grow_mixture(config, texts, output)
+    mixture = _grow_mixture(config, texts, output, results["base"])
     results |= mixture
     if config.baselines:
         shared = {"texts": texts, "num_parameters": mixture["trained_parameters"]["mixture"]}
@@ -227,7 +229,9 @@ def read_texts(config: ContinualConfig, tokenizer) -> dict[str, SkillText]:
     }
 
 
-def _grow_mixture(config: ContinualConfig, texts: dict[str, SkillText], output: Path) -> dict:
+def _grow_mixture(
+    config: ContinualConfig, texts: dict[str, SkillText], output: Path, base_nll: dict[str, float]
+) -> dict:
     """All visits; those that are on disk are not made again."""
     done = []
     for number, skill in enumerate(config.continual):
@@ -235,7 +239,7 @@ def _grow_mixture(config: ContinualConfig, texts: dict[str, SkillText], output: 
         if (folder / VISIT).exists():
             logger.info("skill %d of %d, %s, is learnt already: %s", number + 1, len(config.continual), skill, folder)
         else:
-            _visit(config, texts, number, folder)
+            _visit(config, texts, number, folder, base_nll)
         done.append(json.loads((folder / VISIT).read_text(encoding="utf-8")))
     return {
         "decisions": [visit["decision"] for visit in done],
@@ -273,7 +277,9 @@ def _load(config: ContinualConfig, folder: Path) -> tuple[DyLoRA_MoE, RouterRepl
     return model.to(config.device), RouterReplay.load(folder)
 
 
-def _visit(config: ContinualConfig, texts: dict[str, SkillText], number: int, folder: Path) -> None:
+def _visit(
+    config: ContinualConfig, texts: dict[str, SkillText], number: int, folder: Path, base_nll: dict[str, float]
+) -> None:
     """Learn a skill that arrives; leaves the mixture, the replay and what was measured in the folder, or nothing.
 
     Each visit begins with what the one before it left on disk, so that a run that was interrupted ends as a whole one.
@@ -312,7 +318,22 @@ def _visit(config: ContinualConfig, texts: dict[str, SkillText], number: int, fo
         "seconds": time.monotonic() - started,
     }
     write_json(partial / VISIT, visit)
+    _describe_training(partial, config, number, {"base": base_nll, "mixture (this)": visit["mean_nll"]})
     os.replace(partial, folder)
+
+
+def _describe_training(folder: Path, config: ContinualConfig, number: int, nll: dict[str, dict[str, float]]) -> None:
+    """Add to a mixture's model card what it has learnt so far, and how it and its base do on that."""
+    facts = {
+        "skills, as they arrived": ", ".join(map(shown, config.continual[: number + 1])),
+        "each": f"{config.steps_a_visit} steps of {config.train_batch_size} rows of {config.max_seq_length} tokens",
+        "learning rate": f"{config.learning_rate:g}, then {config.consolidate_ratio:g} of it among all experts",
+        "seed": config.seed,
+    }
+    so_far = nll["mixture (this)"]
+    perplexity = {system: {skill: math.exp(found[skill]) for skill in so_far} for system, found in nll.items()}
+    some = f"{config.eval_blocks} rows of the {config.eval_split} split of each skill"
+    describe_training(folder, facts, perplexity, measured_on=some)
 
 
 def _take_up(

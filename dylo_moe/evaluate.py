@@ -27,7 +27,7 @@ from dylo_moe.training_data import DataConfig, prepare
 from foundation.base_identity import BaseIdentity
 from foundation.base_model import Quantization, load_base_model
 from foundation.checkpoints import BASE, check_base
-from foundation.downloads import DownloadError
+from foundation.commands import run_command
 from foundation.options import OptionParser
 from foundation.packing import keeps_documents_apart
 from foundation.perplexity import measure_blocks
@@ -212,6 +212,14 @@ def _perplexities(model, tokenizer, config: EvaluateConfig) -> dict[str, dict[st
     return measured
 
 
+def evaluate_and_say(config: EvaluateConfig) -> str:
+    results = evaluate(config)
+    if not config.output:
+        return as_text(results)
+    write_json(Path(config.output), results)
+    return f"{as_text(results)}\n\nresults   {config.output}"
+
+
 def main(argv: list[str] | None = None) -> int:
     description, examples, *_ = __doc__.split("\n\n")
     parser = OptionParser(
@@ -220,19 +228,7 @@ def main(argv: list[str] | None = None) -> int:
         description=description,
         epilog=f"examples:\n{examples}",
     )
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    try:
-        (config,) = parser.parse(argv)
-        results = evaluate(config)
-    except (ValueError, FileNotFoundError, DownloadError, ModuleNotFoundError) as refused:
-        parser.error(str(refused))
-    if config.output:
-        write_json(Path(config.output), results)
-    print(as_text(results))
-    if config.output:
-        print(f"\nresults   {config.output}")
-    return 0
+    return run_command(parser, evaluate_and_say, argv)
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def describe_mixture(model: PeftModel, folder: str | Path) -> None:
     lines = [f"# Mixture of {len(experts)} LoRA experts", "", *_table(("", ""), facts.items()), ""]
     lines += _table(("expert", "rank", "alpha", "adapted layers", "parameters"), experts)
     if len(model.skills):
-        skills = [(skill.name, skill.expert or "", skill.num_blocks) for skill in model.skills]
+        skills = [(shown(skill.name), skill.expert or "", skill.num_blocks) for skill in model.skills]
         lines += ["", *_table(("skill", "expert", "blocks in its embedding"), skills)]
     _write_part(Path(folder), "adapter", [*lines, "", LOAD_MIXTURE])
 

@@ -69,7 +69,11 @@ def resolve_model_name(name: str | Path = COMMITTED) -> str:
 
 
 def load_base_model(
-    name: str | Path = COMMITTED, *, dtype: torch.dtype | str | None = None, quant: Quantization = "none"
+    name: str | Path = COMMITTED,
+    *,
+    dtype: torch.dtype | str | None = None,
+    quant: Quantization = "none",
+    revision: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer by name; see `resolve_model_name`.
 
@@ -79,6 +83,7 @@ def load_base_model(
             is stored in with one ("auto").
         quant: hold the linear layers in 8 bits (LLM.int8, Dettmers et al. 2022, arXiv:2208.07339) or 4 bits (NF4,
             Dettmers et al. 2023, arXiv:2305.14314), both by bitsandbytes, for training adapters on top of them.
+        revision: a branch or tag of a hub model.
 
     Returns:
         The model, in eval mode on the CPU, and its tokenizer, with a padding token.
@@ -90,8 +95,10 @@ def load_base_model(
     if dtype is None:
         dtype = "auto" if torch.cuda.is_available() else torch.float32
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where)
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, quantization_config=_format(quant))
+        tokenizer = AutoTokenizer.from_pretrained(where, revision=revision)
+        model = AutoModelForCausalLM.from_pretrained(
+            where, dtype=dtype, quantization_config=_format(quant), revision=revision
+        )
     except OSError as unread:  # transformers' answer to a hub it cannot reach, a wrong id and a missing file alike
         raise ValueError(
             f"The model '{name}' could not be read: {str(unread).splitlines()[0]} Check its name and the network, or "

@@ -7,9 +7,9 @@ model, tokenizer = load_moe("allenai/OLMoE-1B-7B-0924")  # anything transformers
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from foundation.base_model import resolve_model_name
+from foundation.base_model import load_base_model
 from moe_ext.routers import moe_layers
 
 SMALL_MOE = "small-moe"
@@ -33,18 +33,7 @@ def load_moe(
         FileNotFoundError: a folder that is not there.
         ValueError: an unknown name, a model that cannot be read, or one without experts.
     """
-    where = str(SMALL_MOE_FOLDER) if str(name) == SMALL_MOE else resolve_model_name(name)
-    if dtype is None:
-        dtype = "auto" if torch.cuda.is_available() else torch.float32
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(where, revision=revision)
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, revision=revision)
-    except OSError as unread:  # transformers' answer to a hub it cannot reach, a wrong id and a missing file alike
-        raise ValueError(
-            f"The model '{name}' could not be read: {str(unread).splitlines()[0]} Check its name and the network, or "
-            "give a local folder."
-        ) from unread
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    where = SMALL_MOE_FOLDER if str(name) == SMALL_MOE else name
+    model, tokenizer = load_base_model(where, dtype=dtype, revision=revision)
     moe_layers(model)  # refuses what is no mixture
-    return model.eval(), tokenizer
+    return model, tokenizer

@@ -25,6 +25,7 @@ from dylo_moe.router_replay import RouterReplay, refit_router
 from foundation.allocator import keep_freed_memory
 from foundation.base_model import load_base_model
 from foundation.bracketing import bracket, lowest
+from foundation.commands import run_command
 from foundation.options import OptionParser
 from foundation.perplexity import measure_blocks
 from foundation.whole_files import write_text
@@ -119,20 +120,18 @@ def as_text(measured: dict[tuple[str, str], dict[float, Nll]]) -> str:
     return "\n".join([*lines, "", f"best: {' '.join(best)}"]) + "\n"
 
 
+def search_and_write(config: ContinualConfig) -> str:
+    text = as_text(search(config))
+    table = Path(config.output_dir) / TABLE
+    write_text(table, text)
+    return f"{text}\ntable   {table}"
+
+
 def main(argv: list[str] | None = None) -> int:
     about, _, example = __doc__.splitlines()[:3]
     parser = OptionParser((ContinualConfig,), description=about, epilog=f"example:\n{example.strip()}")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     keep_freed_memory()
-    try:
-        (config,) = parser.parse(argv)
-        text = as_text(search(config))
-    except (ValueError, FileNotFoundError) as refused:
-        parser.error(str(refused))
-    table = Path(config.output_dir) / TABLE
-    write_text(table, text)
-    print(f"{text}\ntable   {table}")
-    return 0
+    return run_command(parser, search_and_write, argv)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import get_args
 
 from foundation.allocator import keep_freed_memory
 from foundation.bracketing import bracket, lowest
+from foundation.commands import run_command
 from foundation.options import OptionParser
 from foundation.whole_files import write_text
 from moe_ext.router_ft.evaluate import mean_loss
@@ -89,20 +90,18 @@ def search(options: SearchOptions) -> str:
     )
 
 
+def search_and_write(options: SearchOptions) -> str:
+    text = search(options)
+    table = Path(options.output) / TABLE
+    write_text(table, text)
+    return f"{text}\ntable   {table}"
+
+
 def main(argv: list[str] | None = None) -> int:
     about, _, example = __doc__.splitlines()[:3]
     parser = OptionParser((SearchOptions,), description=about, epilog=f"example:\n{example.strip()}")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     keep_freed_memory()
-    try:
-        (options,) = parser.parse(argv)
-        text = search(options)
-    except (ValueError, FileNotFoundError) as refused:
-        parser.error(str(refused))
-    table = Path(options.output) / TABLE
-    write_text(table, text)
-    print(f"{text}\ntable   {table}")
-    return 0
+    return run_command(parser, search_and_write, argv)
 
 
 if __name__ == "__main__":

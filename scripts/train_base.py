@@ -38,10 +38,12 @@ from transformers import (
 )
 
 from foundation.allocator import keep_freed_memory
+from foundation.commands import run_command
 from foundation.domains import DOMAINS
 from foundation.options import OptionParser
 from foundation.packing import token_stream
 from foundation.perplexity import measure_texts
+from foundation.whole_files import whole_file, write_json
 
 logger = logging.getLogger("train_base")
 
@@ -198,7 +200,7 @@ def train(
         return {"steps": state["step"], "finished": False}
     write_model(model, Path(config.output))
     report = report_on(config, state, tokenizer)
-    write_whole(Path(config.output) / "training_report.json", json.dumps(report, indent=2) + "\n")
+    write_json(Path(config.output) / "training_report.json", report)
     return report
 
 
@@ -337,9 +339,9 @@ def write_model(model: PreTrainedModel, folder: Path) -> None:
 def save_checkpoint(path: Path, model, optimizers, state: dict) -> None:
     """Everything that continuing needs, in one file that appears whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_suffix(".half")
-    torch.save({"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "state": state}, half)
-    os.replace(half, path)
+    optimizer_states = [optimizer.state_dict() for optimizer in optimizers]
+    with whole_file(path) as partial:
+        torch.save({"model": model.state_dict(), "optimizers": optimizer_states, "state": state}, partial)
 
 
 def load_checkpoint(path: Path, model, optimizers) -> dict:
@@ -351,25 +353,13 @@ def load_checkpoint(path: Path, model, optimizers) -> dict:
     return saved["state"]
 
 
-def write_whole(path: Path, text: str) -> None:
-    half = path.with_name(f".{path.name}.half")
-    half.write_text(text, encoding="utf-8")
-    os.replace(half, path)
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = OptionParser(
         (BaseTrainingConfig,),
         description=__doc__.splitlines()[0],
         epilog="example:\npython scripts/train_base.py --run_folder runs/base --steps 950 --bf16",
     )
-    try:
-        (config,) = parser.parse(argv)
-    except ValueError as refused:
-        parser.error(str(refused))
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    print(json.dumps(train(config), indent=2))
-    return 0
+    return run_command(parser, lambda config: json.dumps(train(config), indent=2), argv)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ Shape letters: B blocks, L tokens in a block, T tokens of a batch, E experts, K 
 """
 
 import json
-import logging
 import shutil
 import sys
 from dataclasses import dataclass, field
@@ -23,13 +22,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from train_base import BaseTrainingConfig, train, write_whole
+from train_base import BaseTrainingConfig, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, OlmoeConfig, OlmoeForCausalLM
 
 from foundation.base_model import COMMITTED_FOLDER as BASE_FOLDER
+from foundation.commands import run_command
 from foundation.domains import DOMAINS
 from foundation.options import OptionParser
 from foundation.packing import pack_documents
+from foundation.whole_files import write_json
 
 SHAPE = {
     "hidden_size": 128,
@@ -125,7 +126,7 @@ def train_small_moe(config: SmallMoeTrainingConfig) -> dict:
     )
     if report.get("finished", True):
         report["expert_shares_of_validation_tokens"] = expert_shares(output)
-        write_whole(output / "training_report.json", json.dumps(report, indent=2) + "\n")
+        write_json(output / "training_report.json", report)
     return report
 
 
@@ -135,13 +136,7 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__.splitlines()[0],
         epilog="example:\npython scripts/train_small_moe.py --run_folder runs/small_moe --bf16",
     )
-    try:
-        (config,) = parser.parse(argv)
-    except ValueError as refused:
-        parser.error(str(refused))
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    print(json.dumps(train_small_moe(config), indent=2))
-    return 0
+    return run_command(parser, lambda config: json.dumps(train_small_moe(config), indent=2), argv)
 
 
 if __name__ == "__main__":

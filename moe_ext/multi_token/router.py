@@ -31,14 +31,7 @@ class HeadRouter(nn.Module):
 
     def __init__(self, hidden_size: int, width: int, num_heads: int) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.RMSNorm(hidden_size, eps=1e-6),
-            nn.Linear(hidden_size, width),
-            nn.SiLU(),
-            nn.Linear(width, width),
-            nn.SiLU(),
-            nn.Linear(width, num_heads),
-        )
+        self.layers = _three_layers(hidden_size, width, num_heads)
 
     def forward(self, state_ND: Tensor) -> Tensor:
         """[N, H] logits, float32: each head right, given that those before it are."""
@@ -57,14 +50,7 @@ class CopyRouter(nn.Module):
     def __init__(self, hidden_size: int, width: int, longest: int) -> None:
         super().__init__()
         self.odds = nn.Embedding(len(MATCH_STEPS) + 1, longest)
-        self.layers = nn.Sequential(
-            nn.RMSNorm(hidden_size, eps=1e-6),
-            nn.Linear(hidden_size, width),
-            nn.SiLU(),
-            nn.Linear(width, width),
-            nn.SiLU(),
-            nn.Linear(width, longest),
-        )
+        self.layers = _three_layers(hidden_size, width, longest)
         for zero in (self.odds.weight, self.layers[-1].weight, self.layers[-1].bias):
             nn.init.zeros_(zero)
 
@@ -93,6 +79,17 @@ class CopyRouter(nn.Module):
             right_K = (right_NK & there_NK).sum(dim=0) + 1.0
             wrong_K = (~right_NK & there_NK).sum(dim=0) + 1.0
             self.odds.weight[step] = (right_K / wrong_K).log()
+
+
+def _three_layers(hidden_size: int, width: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.RMSNorm(hidden_size, eps=1e-6),
+        nn.Linear(hidden_size, width),
+        nn.SiLU(),
+        nn.Linear(width, width),
+        nn.SiLU(),
+        nn.Linear(width, outputs),
+    )
 
 
 def _step_of(matched_N: Tensor) -> Tensor:

@@ -124,7 +124,8 @@ def quantize_model(
         if number in moe_of_layer:
             experts = [matrix for matrix in by_layer[number] if matrix.kind == "expert"]
             _quantize_experts(work, walk, layer, moe_of_layer[number], experts)
-        walk.advance(layer)
+        if number + 1 < len(decoder):
+            walk.advance(layer)
     _warn_of_short_experts(work.reports)
     return Quantized(work.packed, work.reports)
 

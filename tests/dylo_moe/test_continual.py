@@ -1,6 +1,7 @@
 """The continual run, from its settings to its files, on a tiny random base and three kinds of made-up text."""
 
 import json
+import math
 import random
 import shutil
 from pathlib import Path
@@ -120,6 +121,18 @@ def test_the_saved_mixture_is_the_one_that_was_measured(finished, sources, tiny_
 
     text = continual.read_texts(config, load_base_model(tiny_base)[1])[sources["code"]]
     assert measure_blocks(model, text.measured).mean_nll == results["mean_nll"]["mixture"][-1][sources["code"]]
+
+
+def test_the_card_of_each_visit_tells_what_was_learnt_and_measured(finished, visits):
+    output, results = finished
+    for number, nll in enumerate(results["mean_nll"]["mixture"], start=1):
+        card = (output / "mixture" / f"{number:02d}" / "README.md").read_text()
+        learnt = list(dict.fromkeys(visits[:number]))
+        for system, found in (("base", results["base"]), ("mixture (this)", nll)):
+            assert f"| {system} | {' | '.join(f'{math.exp(found[skill]):.2f}' for skill in learnt)} |" in card
+        assert f"| skills, as they arrived | {', '.join(Path(skill).name for skill in visits[:number])} |" in card
+        assert "5 steps of 4 rows of 16 tokens" in card and "4 rows of the test split" in card
+        assert not any(folder in card for folder in visits)
 
 
 def test_no_expert_lies_below_the_first_adapted_block(finished):

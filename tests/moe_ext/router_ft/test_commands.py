@@ -10,7 +10,7 @@ pytest.importorskip("compressed_tensors", reason="needs the extra 'quant'")
 pytest.importorskip("scipy", reason="needs the extra 'quant'")
 
 from foundation.base_model import COMMITTED_FOLDER
-from moe_ext.router_ft.__main__ import STEPS, main
+from moe_ext.router_ft.__main__ import COMMANDS, main
 from moe_ext.router_ft.load import load, read_tensors
 from moe_ext.routers import router_parameters
 
@@ -147,10 +147,10 @@ def test_bad_input_is_one_line_and_nothing_is_written(say, planned, step, option
 
 def test_an_unknown_step_is_refused_and_help_is_given(capsys):
     assert main(["prune"]) == 2
-    assert "'prune' is no step; give one of alpha, allocate" in capsys.readouterr().err
+    assert "'prune' is no command. Give one of alpha, allocate" in capsys.readouterr().err
     assert main([]) == 2
     assert main(["--help"]) == 0
-    for step in STEPS:
+    for step in COMMANDS:
         with pytest.raises(SystemExit) as ended:
             main([step, "--help"])
         assert ended.value.code == 0
