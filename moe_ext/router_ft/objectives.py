@@ -54,8 +54,9 @@ def make_objective(
 
 def next_token_loss(student: PreTrainedModel, tokens_BL: Tensor) -> Tensor:
     """Nats a token; from the logits, because `outputs.loss` may hold a balance loss as well."""
-    logits_BLV = student(tokens_BL, use_cache=False).logits
-    return cross_entropy(logits_BLV[:, :-1].float().flatten(0, 1), tokens_BL[:, 1:].flatten())
+    # The last token is left out of what is read: out of the logits, it would cost a copy of their gradient.
+    logits_BLV = student(tokens_BL[:, :-1], use_cache=False).logits
+    return cross_entropy(logits_BLV.float().flatten(0, 1), tokens_BL[:, 1:].flatten())
 
 
 def distillation_loss(
