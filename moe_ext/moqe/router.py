@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 from torch.utils.checkpoint import checkpoint
 
+from moe_ext.moqe.encoder import Encoder
+
 Mode = Literal["token", "sequence"]
 
 
@@ -81,18 +83,7 @@ class Router(nn.Module):
         # The embedding's own scale is a matter of its training; it must not decide how fast the router learns.
         self.norm = nn.LayerNorm(input_size, elementwise_affine=False)
         self.down = nn.Linear(input_size, config.rank, bias=False)
-        layer = nn.TransformerEncoderLayer(
-            config.rank,
-            config.num_heads,
-            dim_feedforward=2 * config.rank,
-            dropout=0.0,
-            activation="gelu",
-            batch_first=True,
-            norm_first=True,
-        )
-        self.encoder = nn.TransformerEncoder(
-            layer, config.num_layers, norm=nn.LayerNorm(config.rank), enable_nested_tensor=False
-        )
+        self.encoder = Encoder(config.rank, config.num_heads, config.num_layers)
         self.score = nn.Linear(config.rank, num_experts)
         nn.init.zeros_(self.score.weight)  # it begins with the uniform mixture
         nn.init.zeros_(self.score.bias)
@@ -105,11 +96,11 @@ class Router(nn.Module):
             attention_mask_BL: 1 for tokens, 0 for padding, on either side.
         """
         hidden_BLR = self.down(self.norm(embedding_BLH.float()))
-        mask_NLL = attention_bias(attention_mask_BL, self.config.num_heads)
+        bias_BALL = attention_bias(attention_mask_BL, self.config.num_heads)
         if self.gradient_checkpointing and self.training:
-            hidden_BLR = checkpoint(self.encoder, hidden_BLR, mask_NLL, use_reentrant=False)
+            hidden_BLR = checkpoint(self.encoder, hidden_BLR, bias_BALL, use_reentrant=False)
         else:
-            hidden_BLR = self.encoder(hidden_BLR, mask_NLL)
+            hidden_BLR = self.encoder(hidden_BLR, bias_BALL)
         scores_BLE = self.score(hidden_BLR)
         if self.training and self.config.noise:
             scores_BLE = scores_BLE + self.config.noise * torch.randn_like(scores_BLE)
@@ -137,7 +128,7 @@ class Router(nn.Module):
 
 
 def attention_bias(attention_mask_BL: Tensor, num_heads: int) -> Tensor:
-    """What is added to the attention scores [B * A, L, L]: a penalty on distance, and -inf where nothing may be seen.
+    """What is added to the attention scores [B, A, L, L]: a penalty on distance, and -inf where nothing may be seen.
 
     A token sees itself and the tokens before it that are no padding. Padding sees itself, so that no row of the
     softmax is empty.
@@ -148,5 +139,4 @@ def attention_bias(attention_mask_BL: Tensor, num_heads: int) -> Tensor:
     slopes_A = 2.0 ** (-8.0 * torch.arange(1, num_heads + 1, device=places_L.device) / num_heads)
     penalty_ALL = -slopes_A[:, None, None] * distance_LL.clamp(min=0)
     seen_BLL = (distance_LL >= 0) & ((attention_mask_BL[:, None, :] == 1) | (distance_LL == 0))
-    bias_BALL = torch.where(seen_BLL[:, None], penalty_ALL, -torch.inf)
-    return bias_BALL.flatten(0, 1)
+    return torch.where(seen_BLL[:, None], penalty_ALL, -torch.inf)

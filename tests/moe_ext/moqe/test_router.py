@@ -36,7 +36,7 @@ def test_editing_a_later_token_changes_no_earlier_decision(embedding, place):
 def test_without_the_mask_earlier_decisions_would_change(embedding, monkeypatch):
     def no_mask(attention_mask, num_heads):
         batch, length = attention_mask.shape
-        return torch.zeros(batch * num_heads, length, length)
+        return torch.zeros(batch, num_heads, length, length)
 
     monkeypatch.setattr(router_module, "attention_bias", no_mask)
     before, after = scores_after_an_edit(make_router(), embedding, 5)
@@ -55,6 +55,51 @@ def test_padding_on_either_side_changes_nothing(embedding, side):
     kept = padded[:, 4:] if side == "left" else padded[:, :9]
     torch.testing.assert_close(kept, alone)
     assert torch.isfinite(padded).all()
+
+
+def scores_written_out(router, embedding):
+    """The router one row, token and head at a time."""
+
+    def norm(module, vector):
+        centred = vector - vector.mean()
+        normed = centred / (centred.square().mean() + module.eps).sqrt()
+        return normed if module.weight is None else normed * module.weight + module.bias
+
+    def look_back(layer, hidden, head):
+        size = hidden.shape[1] // layer.num_heads
+        own = slice(head * size, (head + 1) * size)
+        joined = [layer.query_key_value(norm(layer.attention_norm, vector)).chunk(3) for vector in hidden]
+        found = []
+        for place in range(len(hidden)):
+            slope = 2.0 ** (-8.0 * (head + 1) / layer.num_heads)
+            likeness = [
+                joined[place][0][own] @ joined[before][1][own] / size**0.5 - slope * (place - before)
+                for before in range(place + 1)
+            ]
+            shares = torch.stack(likeness).softmax(0)
+            found.append(sum(share * joined[before][2][own] for before, share in enumerate(shares)))
+        return torch.stack(found)
+
+    rows = []
+    for row in embedding:
+        hidden = torch.stack([router.down(norm(router.norm, vector)) for vector in row])
+        for layer in router.encoder.layers:
+            seen = torch.cat([look_back(layer, hidden, head) for head in range(layer.num_heads)], dim=1)
+            hidden = hidden + layer.output(seen)
+            inner = [layer.up(norm(layer.forward_norm, vector)) for vector in hidden]
+            hidden = hidden + torch.stack([layer.down(torch.nn.functional.gelu(vector)) for vector in inner])
+        rows.append(torch.stack([router.score(norm(router.encoder.norm, vector)) for vector in hidden]))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("with_gradients", [True, False])
+def test_the_scores_are_those_written_out_in_training_and_in_use(embedding, training, with_gradients):
+    router = make_router().train(training)
+    expected = scores_written_out(router, embedding)
+    with torch.set_grad_enabled(with_gradients):
+        found = router(embedding, torch.ones(2, 9, dtype=torch.long))
+    torch.testing.assert_close(found, expected.detach() if not with_gradients else expected)
 
 
 def test_a_new_router_mixes_all_experts_alike(embedding):
