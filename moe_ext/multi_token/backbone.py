@@ -1,7 +1,7 @@
 """What the heads need of a frozen backbone: the state that its lm_head reads, the lm_head and the embedding.
 
-Any causal language model of transformers serves, unchanged: its state is caught where it enters the lm_head, and its
-logits are its own, with whatever it does to them after the lm_head.
+Any causal language model of transformers serves, unchanged: its state is caught where its body returns it, which must
+be what enters the lm_head, and its logits are its own, with whatever it does to them after the lm_head.
 
 Shape letters: B rows, L tokens, D hidden size, V vocabulary.
 """
@@ -17,20 +17,34 @@ from transformers import PreTrainedModel
 PROBE_TOKENS = 4
 
 
-class LmHeadInput:
-    """Where the state that entered the lm_head last is kept."""
+class CaughtStates:
+    """Where the states of the last pass are kept."""
 
     state_BLD: Tensor
 
-    def catch(self, lm_head, inputs: tuple[Tensor, ...]) -> None:
+    def entering(self, lm_head, inputs: tuple[Tensor, ...]) -> None:
         self.state_BLD = inputs[0]
+
+    def returned(self, body, inputs: tuple, outputs) -> None:
+        self.state_BLD = outputs[0]
 
 
 @contextmanager
-def lm_head_input(backbone: PreTrainedModel) -> Iterator[LmHeadInput]:
+def lm_head_input(backbone: PreTrainedModel) -> Iterator[CaughtStates]:
     """Catch what enters the lm_head, pass by pass, until the block ends."""
-    caught = LmHeadInput()
-    handle = backbone.get_output_embeddings().register_forward_pre_hook(caught.catch)
+    caught = CaughtStates()
+    handle = backbone.get_output_embeddings().register_forward_pre_hook(caught.entering)
+    try:
+        yield caught
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def body_output(backbone: PreTrainedModel) -> Iterator[CaughtStates]:
+    """Catch what the body returns, pass by pass, until the block ends; of each token, also where few have logits."""
+    caught = CaughtStates()
+    handle = backbone.base_model.register_forward_hook(caught.returned)
     try:
         yield caught
     finally:

@@ -15,10 +15,11 @@ copying from the text (sources.py), whichever promises more for its time (planni
 
 A batch goes on by as many tokens as all its rows agree on. No private name of transformers is used.
 
-Shape letters: B rows, L tokens, K drafted tokens, D hidden size, V vocabulary.
+Shape letters: B rows, L tokens, Q of them in the last pass, K drafted tokens, D hidden size, V vocabulary.
 """
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -194,18 +195,20 @@ class DecodingLoop:
                 name: Record([0] * source.longest, [0] * source.longest) for name, source in self.sources.items()
             },
         )
+        mask_BL = model_kwargs.get("attention_mask")
+        mask_BL = torch.ones_like(input_ids) if mask_BL is None else mask_BL
         for source in self.sources.values():
-            source.start(input_ids)
+            source.start(input_ids, mask_BL)
         rows = GrowingRows(input_ids, logits_processor, stopping_criteria, generation_config)
         with backbone_passes(backbone, input_ids, model_kwargs) as passes:
             going = rows.add(*rows.choose(passes.read_prompt()))
-            state_BD = passes.state_at(-1)
+            state_BQD = passes.states()
             self._stream(rows, 1)
             while going:
-                draft = self._draft(state_BD, rows)
+                draft = self._draft(state_BQD, rows)
                 logits_BQV = passes.read(torch.cat([rows.last_B[:, None], draft.tokens_BK], dim=1))
                 num_stood, going = self._settle(rows, draft, logits_BQV)
-                state_BD = passes.state_at(num_stood)
+                state_BQD = passes.states(num_stood + 1)
                 passes.forget(draft.num_tokens - num_stood)
                 self.plan.record(Choice(draft.source, draft.num_tokens), num_stood + 1)
                 self._stream(rows, num_stood + 1)
@@ -216,17 +219,17 @@ class DecodingLoop:
             return GenerateDecoderOnlyOutput(sequences=rows.ids_BL, past_key_values=passes.cache)
         return rows.ids_BL
 
-    def _draft(self, state_BD: Tensor, rows: GrowingRows) -> Draft:
+    def _draft(self, state_BQD: Tensor, rows: GrowingRows) -> Draft:
         """What the source that the plan takes says next."""
         gates = {}
         for name, source in self.sources.items():
-            gates_BK = source.gates(state_BD, rows.ids_BL)
+            gates_BK = source.gates(state_BQD, rows.ids_BL)
             # One token less than there is room for: the pass itself adds one.
             gates[name] = gates_BK[rows.live_B.to(gates_BK.device), : rows.room - 1]
         choice = self.plan.choose(gates)
         if choice.source is None:
             return Draft(None, rows.last_B.new_empty(len(rows.last_B), 0))
-        return Draft(choice.source, self.sources[choice.source].write(state_BD, rows.last_B, choice.num_drafts))
+        return Draft(choice.source, self.sources[choice.source].write(rows.last_B, choice.num_drafts))
 
     def _settle(self, rows: GrowingRows, draft: Draft, logits_BQV: Tensor) -> tuple[int, bool]:
         """Add to the rows what a pass decided.
@@ -263,16 +266,19 @@ def costs_of(model: MultiTokenMoE, sources: Sequence[SourceName] = ALL_SOURCES, 
     cache = DynamicCache(config=model.backbone.config)
     with backbone_passes(model.backbone, text_BL, {"past_key_values": cache}) as passes:
         passes.read_prompt()
-        state_BD = passes.state_at(-1)
+        state_BLD = passes.states()
         for source in held.values():
-            source.start(text_BL)
+            source.start(text_BL, torch.ones_like(text_BL))
+            source.gates(state_BLD, text_BL)
 
         def run_pass(name: SourceName, num_drafts: int) -> None:
             """What a turn of the loop does on the device, with nothing kept."""
-            for source in held.values():
-                source.gates(state_BD, text_BL).tolist()
+            sources = {each: copy(source) for each, source in held.items()}
+            for source in sources.values():
+                # As many new states as the longest step forward brings.
+                source.gates(state_BLD[:, -num_drafts - 1 :], text_BL).tolist()
             if num_drafts:
-                held[name].write(state_BD, text_BL[:, -1], num_drafts).tolist()
+                sources[name].write(text_BL[:, -1], num_drafts).tolist()
             # Arbitrary tokens in place of the draft, which may be shorter where a head is OFF.
             read_BQ = text_BL[:, :1].expand(-1, num_drafts + 1)
             passes.read(read_BQ).argmax(dim=-1).tolist()

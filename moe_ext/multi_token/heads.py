@@ -2,14 +2,14 @@
 
 The backbone's own output gives the next token x_1 of a window. Head j then predicts x_{j+1}:
 
-    s_0 = h                                         the state that the backbone's lm_head reads
+    s_0 = h + attention over the text               h: the state that the backbone's lm_head reads
     s_j = s_{j-1} + W_down silu(W_up [norm(s_{j-1}); norm(E x_j)])
     logits_j = [lm_head(s_j); o_j . s_j + b_j]      the last one is OFF: no token from this head
 
 lm_head and the embedding E are the backbone's and frozen. W_down starts at zero, so that training starts from the
 backbone's own prediction. Heads that read the tokens drafted before them are those of Hydra (Ankner et al. 2024,
 arXiv:2402.05109); without E x_j they are independent heads as in Medusa (Cai et al. 2024, arXiv:2401.10774), built for
-comparison.
+comparison. The attention (prefix_attention.py) may be left out, and independent heads never have it.
 
 Shape letters: N positions (any leading shape), D hidden size, V vocabulary, H heads.
 """
@@ -20,6 +20,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
+
+from moe_ext.multi_token.prefix_attention import PrefixAttention
 
 HeadKind = Literal["sequential", "independent"]
 
@@ -69,19 +71,29 @@ class TokenHeads(nn.Module):
         width: see `TokenHead`.
         kind: `sequential` heads read the tokens drafted before them and go on from each other's state; `independent`
             ones each start from the backbone's state and read no token.
+        prefix_attention: whether a layer of attention over the text stands in front of them.
     """
 
-    def __init__(self, num_heads: int, hidden_size: int, width: int, kind: HeadKind = "sequential") -> None:
+    def __init__(
+        self,
+        num_heads: int,
+        hidden_size: int,
+        width: int,
+        kind: HeadKind = "sequential",
+        *,
+        prefix_attention: bool = False,
+    ) -> None:
         super().__init__()
         self.kind: HeadKind = kind
         reads_token = kind == "sequential"
         self.blocks = nn.ModuleList(TokenHead(hidden_size, width, reads_token=reads_token) for _ in range(num_heads))
+        self.prefix = PrefixAttention(hidden_size) if prefix_attention else None
 
     def step(self, place: int, first_ND: Tensor, state_ND: Tensor, token_ND: Tensor) -> Tensor:
         """The state of head `place` (from 0).
 
         Args:
-            first_ND: the backbone's state.
+            first_ND: s_0.
             state_ND: of the head before; `first_ND` for the first.
             token_ND: embedding of the token before the one that is predicted.
         """

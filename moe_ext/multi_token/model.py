@@ -4,8 +4,8 @@
     loss = model(input_ids=..., attention_mask=..., labels=...)["loss"]
     tokens = generate(model, input_ids, max_new_tokens=100)          # generation.py
 
-Shape letters: B rows, L tokens, W window places (head j's at j, the backbone's own at 0), D hidden size, H heads,
-V vocabulary, C classes that heads choose among (vocabulary.py), K copied tokens.
+Shape letters: B rows, L tokens, Q of them new, T = Q + 1, W window places (head j's at j, the backbone's own at 0),
+D hidden size, H heads, V vocabulary, C classes that heads choose among (vocabulary.py), K copied tokens.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 from transformers import PreTrainedModel
 
 from foundation.packing import IGNORED_LABEL
@@ -22,6 +22,7 @@ from moe_ext.multi_token.backbone import check_backbone, states_of
 from moe_ext.multi_token.copying import copies_everywhere, judge_copies
 from moe_ext.multi_token.heads import HeadKind, TokenHeads
 from moe_ext.multi_token.losses import LossWeights, copy_loss, head_loss, router_losses
+from moe_ext.multi_token.prefix_attention import Prefix
 from moe_ext.multi_token.router import CopyRouter, HeadRouter, gates_of
 from moe_ext.multi_token.vocabulary import DraftVocabulary, draft_vocabulary
 from moe_ext.multi_token.windows import window_targets
@@ -42,6 +43,8 @@ class MultiTokenConfig:
         teacher_forcing_end: probability, when stage 2 ends, that a head reads the text's token rather than a draft. 0
             suits `fast`; what follows a wrong draft is nothing to `lossless`, which 1 suits.
         kind: `sequential` heads read the tokens drafted before them; `independent` ones are there for comparison.
+        prefix_attention: whether an attention layer over the text stands in front of the heads; independent heads
+            never have one, whatever is given.
         w_bce: weight of the router's binary cross-entropy.
         w_lb: of its load balance.
         w_ent: of its entropy.
@@ -55,6 +58,7 @@ class MultiTokenConfig:
     max_copy: int = 16
     teacher_forcing_end: float = 0.0
     kind: HeadKind = "sequential"
+    prefix_attention: bool = True
     w_bce: float = 1.0
     w_lb: float = 0.2
     w_ent: float = 0.01
@@ -78,6 +82,7 @@ class MultiTokenConfig:
             )
         if self.kind not in ("sequential", "independent"):
             raise ValueError(f"kind is '{self.kind}', but must be sequential or independent.")
+        self.prefix_attention = self.prefix_attention and self.kind == "sequential"
         for name in ("w_bce", "w_lb", "w_ent", "w_budget"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, but a loss weight must not be negative.")
@@ -126,7 +131,13 @@ class MultiTokenMoE(nn.Module):
                 f"The embedding of {type(backbone).__name__} has {hidden_size} numbers and its states "
                 f"{backbone.config.get_text_config().hidden_size}; heads need both alike. Take another backbone."
             )
-        self.heads = TokenHeads(config.num_heads, hidden_size, config.head_width * hidden_size, config.kind)
+        self.heads = TokenHeads(
+            config.num_heads,
+            hidden_size,
+            config.head_width * hidden_size,
+            config.kind,
+            prefix_attention=config.prefix_attention,
+        )
         size = min(config.draft_vocabulary or self.off_id, self.off_id)
         # A buffer, so that it is saved with the heads; training puts the frequent tokens in (`draft_only`).
         chosen = config.draft_vocabulary is not None
@@ -191,6 +202,25 @@ class MultiTokenMoE(nn.Module):
         states_BLD = states_of(self.backbone, input_ids_BL.to(where), attention_mask_BL.to(where))
         return states_BLD.to(self.device, self.dtype)
 
+    def first_states(
+        self, state_BQD: Tensor, ids_BT: Tensor, mask_BQ: Tensor, past: Prefix | None = None
+    ) -> tuple[Tensor, Prefix | None]:
+        """What the first head starts from: the backbone's states, and what the prefix attention adds to them.
+
+        Args:
+            state_BQD: the backbone's, behind each new token of a text.
+            ids_BT: these tokens, and the one that follows the last of them.
+            mask_BQ: 0 where a new token is padding.
+            past: what was given back for the text before them; None at its beginning.
+
+        Returns:
+            [B, Q, D], where the heads are; and what the next call needs of the text.
+        """
+        state_BQD = state_BQD.to(self.device, self.dtype)
+        if self.heads.prefix is None:
+            return state_BQD, None
+        return self.heads.prefix(state_BQD, self.embed(ids_BT), mask_BQ.to(self.device), past)
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """The losses of a batch of text at every position; see `Training` for what is on.
 
@@ -210,9 +240,12 @@ class MultiTokenMoE(nn.Module):
         ).to(self.device)
         # Positions with nothing to learn are dropped first: the lm_head is most of the cost.
         learnt_BL = (targets_BLW[..., 0] != IGNORED_LABEL) & attention_mask.to(self.device).bool()
-        state_ND, targets_NW = state_BLD[learnt_BL], targets_BLW[learnt_BL]
-        nll_NH, right_NH, read_truth_NH = self.read_windows(state_ND, targets_NW, now.teacher_forcing)
-        router_logits_NH = self.router(state_ND)
+        # Nothing follows a row's last token, and nothing is learnt there.
+        first_BLD, _ = self.first_states(state_BLD, pad(input_ids, (0, 1)), attention_mask)
+        first_ND, targets_NW = first_BLD[learnt_BL], targets_BLW[learnt_BL]
+        nll_NH, right_NH, read_truth_NH = self.read_windows(first_ND, targets_NW, now.teacher_forcing)
+        # The router judges what the heads make of their first state, and must not bend it to its own losses.
+        router_logits_NH = self.router(first_ND.detach())
         judged_NH = read_truth_NH & (targets_NW[:, 1:] != IGNORED_LABEL)
         drafted_NH = self.vocabulary().classes(targets_NW[:, 1:]) != IGNORED_LABEL
         on_NH = heads_on(gates_of(router_logits_NH.detach()), now.heads_on) & drafted_NH
@@ -226,7 +259,7 @@ class MultiTokenMoE(nn.Module):
             router_logits_NH, right_NH=right_NH, judged_NH=judged_NH, on_NH=on_NH, budget=now.heads_on
         )
         matched_N, right_NK, judged_NK = self.copies(input_ids, labels, learnt_BL)
-        routed["copy_bce"] = copy_loss(self.copy_router(state_ND, matched_N), right_NK, judged_NK)
+        routed["copy_bce"] = copy_loss(self.copy_router(state_BLD[learnt_BL], matched_N), right_NK, judged_NK)
         return {"loss": parts["head_loss"] + self.config.loss_weights.total(routed), **parts, **routed}
 
     def copies(self, input_ids_BL: Tensor, labels_BL: Tensor, learnt_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -245,12 +278,12 @@ class MultiTokenMoE(nn.Module):
         self.copy_router.count(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
     def read_windows(
-        self, state_ND: Tensor, targets_NW: Tensor, teacher_forcing: float
+        self, first_ND: Tensor, targets_NW: Tensor, teacher_forcing: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Run all heads along windows of known text.
 
         Args:
-            state_ND: the backbone's state before each window.
+            first_ND: what the first head of each window starts from.
             targets_NW: as `window_targets` gives them.
             teacher_forcing: probability that a head reads the text's token rather than the draft of the head before.
 
@@ -260,7 +293,7 @@ class MultiTokenMoE(nn.Module):
         """
         vocabulary = self.vocabulary()
         nll, right, read_truth = [], [], []
-        first_ND = state_ND
+        state_ND = first_ND
         token_N = targets_NW[:, 0]
         truth_N = torch.ones_like(token_N, dtype=torch.bool)
         for place in range(self.config.num_heads):

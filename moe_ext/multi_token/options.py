@@ -50,6 +50,9 @@ class TrainOptions:
     kind: HeadKind = field(
         default="sequential", metadata={"help": "Heads that read drafted tokens, or Medusa's that do not."}
     )
+    prefix_attention: bool = field(
+        default=True, metadata={"help": "An attention layer over the text in front of heads that read drafted tokens."}
+    )
     w_bce: float = field(default=1.0, metadata={"help": "Weight of the router's binary cross-entropy."})
     w_lb: float = field(default=0.2, metadata={"help": "Weight of its load balance."})
     w_ent: float = field(default=0.01, metadata={"help": "Weight of its entropy."})
@@ -90,6 +93,7 @@ class TrainOptions:
             max_copy=self.max_copy,
             teacher_forcing_end=self.teacher_forcing_end,
             kind=self.kind,
+            prefix_attention=self.prefix_attention,
             w_bce=self.w_bce,
             w_lb=self.w_lb,
             w_ent=self.w_ent,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moe_ext.multi_token.backbone import LmHeadInput, lm_head_input, takes
+from moe_ext.multi_token.backbone import CaughtStates, body_output, takes
 from moe_ext.multi_token.verification import prepare_cache, roll_back
 
 
@@ -20,7 +20,7 @@ class BackbonePasses:
 
     Args:
         backbone: any causal language model of transformers.
-        caught: what enters its lm_head.
+        caught: what its body returns.
         prompt_BP: the prompt; of what the cache holds already only the length counts.
         arguments: of the forward: `past_key_values`; `attention_mask` and `position_ids` of the prompt, or None where
             nothing is padded; whatever else goes to every pass.
@@ -30,7 +30,7 @@ class BackbonePasses:
     """
 
     def __init__(
-        self, backbone: PreTrainedModel, caught: LmHeadInput, prompt_BP: Tensor, arguments: dict[str, Any]
+        self, backbone: PreTrainedModel, caught: CaughtStates, prompt_BP: Tensor, arguments: dict[str, Any]
     ) -> None:
         self.backbone = backbone
         self.caught = caught
@@ -74,9 +74,9 @@ class BackbonePasses:
         self.num_passes += 1
         return self.backbone(input_ids=tokens_BQ, past_key_values=self.cache, **arguments, **self.rest).logits
 
-    def state_at(self, place: int) -> Tensor:
-        """[B, D] the state behind the token at a place of the last pass (-1: its last)."""
-        return self.caught.state_BLD[:, place]
+    def states(self, num_tokens: int | None = None) -> Tensor:
+        """[B, Q, D] the states behind the first tokens of the last pass; by default behind all of them."""
+        return self.caught.state_BLD[:, :num_tokens]
 
     def forget(self, num_tokens: int) -> None:
         """Take the last tokens out of the cache."""
@@ -87,6 +87,6 @@ class BackbonePasses:
 def backbone_passes(
     backbone: PreTrainedModel, prompt_BP: Tensor, arguments: dict[str, Any]
 ) -> Iterator[BackbonePasses]:
-    """`BackbonePasses` whose hook on the lm_head is gone when the block ends."""
-    with lm_head_input(backbone) as caught:
+    """`BackbonePasses` whose hook on the body is gone when the block ends."""
+    with body_output(backbone) as caught:
         yield BackbonePasses(backbone, caught, prompt_BP, arguments)

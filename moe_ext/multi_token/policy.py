@@ -23,7 +23,7 @@ class Windows:
     """Windows and what was decided in them.
 
     Args:
-        state_ND: the backbone's state before each.
+        state_ND: what the first head of each starts from.
         first_N: the backbone's own token, which opens it.
         spoken_NH: what each head said (OFF counts), or -1 where it did not speak.
     """
@@ -64,7 +64,7 @@ def act(model: MultiTokenMoE, state_1D: Tensor, first_1: Tensor, *, greedy: bool
 
     Args:
         model: the policy.
-        state_1D: the backbone's state before it.
+        state_1D: what its first head starts from.
         first_1: the backbone's own token.
         greedy: take the likelier choice rather than draw.
     """

@@ -7,11 +7,12 @@ return R and value v is
     -min(q A, clip(q, 1 - c, 1 + c) A)  +  w_value (v - R)^2  -  w_entropy H  +  w_kl KL(policy || policy of stage 2)
 
 with A by generalised advantage estimation (arXiv:1506.02438), discount 1, made zero-mean and unit-variance. The
-backbone is frozen, so its states are kept from the rollout and the updates need no pass of it.
+backbone is frozen, and so is the prefix attention: what the heads start from is kept from the rollout, and the updates
+need no pass over the text.
 
 TRL has no PPO trainer since 1.13, and its GRPO and RLOO call a model's own forward, which knows no windows.
 
-Shape letters: N windows, D hidden size.
+Shape letters: N windows, D hidden size, Q tokens of a pass, T = Q + 1.
 """
 
 import logging
@@ -106,6 +107,8 @@ def train_ppo(model: MultiTokenMoE, tasks: Sequence[Task], settings: PPOSettings
         The mean parts of the reward, and `reward`, over the last round.
     """
     model.requires_grad_(True)
+    if model.heads.prefix is not None:
+        model.heads.prefix.requires_grad_(False)
     reference = MultiTokenMoE(model.backbone, model.config).to(model.device).requires_grad_(False)
     reference.load_state_dict(model.state_dict())
     value = nn.Linear(model.router.layers[1].in_features, 1).to(model.device)
@@ -146,10 +149,15 @@ def play(model: MultiTokenMoE, task: Task, settings: PPOSettings, *, greedy: boo
     cache = DynamicCache(config=model.backbone.config)
     windows: list[Windows] = []
     written: list[int] = []
+    past = None
     with backbone_passes(model.backbone, prompt_1L, {"past_key_values": cache}) as passes:
         first_1 = passes.read_prompt().argmax(dim=-1)
         while True:
-            window = act(model, passes.state_at(-1), first_1, greedy=greedy)
+            state_1QD = passes.states()
+            text = [*task.prompt, *written, int(first_1)]
+            ids_1T = torch.tensor([text[-state_1QD.shape[1] - 1 :]])
+            first_1QD, past = model.first_states(state_1QD, ids_1T, torch.ones_like(ids_1T[:, 1:]), past)
+            window = act(model, first_1QD[:, -1], first_1, greedy=greedy)
             windows.append(window)
             said = [int(first_1), *(token for token in window.spoken_NH[0].tolist() if 0 <= token < model.off_id)]
             written += said

@@ -1,7 +1,7 @@
 """The router: how likely each draft is to be accepted, before anything is drafted.
 
-A three-layer MLP on the backbone's state gives a logit r_j for each head. sigmoid(r_j) is the probability that head j
-is right where all heads before it are, so a head's gate is
+A three-layer MLP on the state that the first head starts from gives a logit r_j for each head. sigmoid(r_j) is the
+probability that head j is right where all heads before it are, so a head's gate is
 
     g_j = prod_{i<=j} sigmoid(r_i)
 
@@ -9,7 +9,7 @@ the probability that drafts 1..j are all accepted, and 1 + sum_{j<=k} g_j the to
 k drafts. Gates never rise with j: heads that draft are always the first ones.
 
 The copy router says the same of copied tokens (copying.py): its gate g_k is the probability that copied tokens 1..k
-all stand, from the state and from how long a run of tokens stood before.
+all stand, from the backbone's own state (it has no heads to judge) and from how long a run of tokens stood before.
 
 Shape letters: N positions (any leading shape), D hidden size, H heads, K copied tokens.
 """

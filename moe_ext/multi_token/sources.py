@@ -3,7 +3,8 @@
 A source first says what it promises, the router's gates: the probability that its tokens 1..k all stand. A plan
 compares the sources (planning.py), and the one it takes writes.
 
-Shape letters: B rows, K drafted tokens, D hidden size.
+Shape letters: B rows, P tokens of the prompt, L tokens so far, Q of them from the last pass, K drafted tokens,
+D hidden size.
 """
 
 from collections.abc import Sequence
@@ -12,9 +13,11 @@ from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from moe_ext.multi_token.copying import Copy, CopyIndex
 from moe_ext.multi_token.model import MultiTokenMoE
+from moe_ext.multi_token.prefix_attention import Prefix
 from moe_ext.multi_token.router import gates_of
 
 SourceName = Literal["heads", "copies"]
@@ -38,18 +41,20 @@ class DraftSource(Protocol):
     name: SourceName
     longest: int  # tokens it can draft
 
-    def start(self, ids_BL: Tensor) -> None:
-        """New texts begin with these tokens."""
+    def start(self, ids_BP: Tensor, mask_BP: Tensor) -> None:
+        """New texts begin with these tokens; 0 in the mask is padding."""
 
-    def gates(self, state_BD: Tensor, ids_BL: Tensor) -> Tensor:
+    def gates(self, state_BQD: Tensor, ids_BL: Tensor) -> Tensor:
         """[B, K] the probability that drafts 1..k all stand; K is 0 where there is nothing to draft.
 
+        Called once behind each pass, so that a source sees every state of the text once.
+
         Args:
-            state_BD: what the lm_head read when the last token was chosen.
-            ids_BL: the texts, that token included.
+            state_BQD: the backbone's states that the last Q tokens were chosen by; at first those of the prompt.
+            ids_BL: the texts, those tokens included.
         """
 
-    def write(self, state_BD: Tensor, token_B: Tensor, num_drafts: int) -> Tensor:
+    def write(self, token_B: Tensor, num_drafts: int) -> Tensor:
         """[B, K] the draft, on the backbone's device; called after `gates`, with the texts' last token."""
 
 
@@ -66,17 +71,24 @@ class HeadSource:
         self.model = model
         self.longest = model.config.num_heads
         self.vocabulary = model.vocabulary()
+        self.past: Prefix | None = None
 
-    def start(self, ids_BL: Tensor) -> None:
-        """Heads read one state, not the text."""
+    def start(self, ids_BP: Tensor, mask_BP: Tensor) -> None:
+        self.mask_BP, self.past = mask_BP, None
 
-    def gates(self, state_BD: Tensor, ids_BL: Tensor) -> Tensor:
-        return gates_of(self.model.router(state_BD.to(self.model.device, self.model.dtype)))
+    def gates(self, state_BQD: Tensor, ids_BL: Tensor) -> Tensor:
+        num_new = state_BQD.shape[1]
+        mask_BL = pad(self.mask_BP, (0, ids_BL.shape[1] - self.mask_BP.shape[1]), value=1)
+        first_BQD, self.past = self.model.first_states(
+            state_BQD, ids_BL[:, -num_new - 1 :], mask_BL[:, -num_new - 1 : -1], self.past
+        )
+        self.first_BD = first_BQD[:, -1]
+        return gates_of(self.model.router(self.first_BD))
 
-    def write(self, state_BD: Tensor, token_B: Tensor, num_drafts: int) -> Tensor:
+    def write(self, token_B: Tensor, num_drafts: int) -> Tensor:
         """Shorter where a head says OFF in any row."""
         model = self.model
-        first_BD = state_BD = state_BD.to(model.device, model.dtype)
+        first_BD = state_BD = self.first_BD
         drafted = []
         for place in range(num_drafts):
             state_BD = model.heads.step(place, first_BD, state_BD, model.embed(token_B))
@@ -103,21 +115,21 @@ class CopySource:
         self.indices: list[CopyIndex] = []
         self.copies: list[Copy] = []
 
-    def start(self, ids_BL: Tensor) -> None:
-        self.indices = [CopyIndex(tokens) for tokens in ids_BL.tolist()]
+    def start(self, ids_BP: Tensor, mask_BP: Tensor) -> None:
+        self.indices = [CopyIndex(tokens) for tokens in ids_BP.tolist()]
 
-    def gates(self, state_BD: Tensor, ids_BL: Tensor) -> Tensor:
+    def gates(self, state_BQD: Tensor, ids_BL: Tensor) -> Tensor:
         known = len(self.indices[0].tokens)
         for index, new in zip(self.indices, ids_BL[:, known:].tolist(), strict=True):
             index.extend(new)
         self.copies = [index.copy(self.longest) for index in self.indices]
         matched_B = torch.tensor([copy.matched for copy in self.copies], device=self.model.device)
         if not matched_B.any():
-            return state_BD.new_zeros(len(self.copies), 0)
-        logits_BK = self.model.copy_router(state_BD.to(self.model.device, self.model.dtype), matched_B)
+            return state_BQD.new_zeros(len(self.copies), 0)
+        logits_BK = self.model.copy_router(state_BQD[:, -1].to(self.model.device, self.model.dtype), matched_B)
         return gates_of(logits_BK) * (matched_B > 0)[:, None]
 
-    def write(self, state_BD: Tensor, token_B: Tensor, num_drafts: int) -> Tensor:
+    def write(self, token_B: Tensor, num_drafts: int) -> Tensor:
         """In a row with nothing to copy the last token stands in for a draft."""
         tokens = [
             copy.tokens[:num_drafts] or [token] * num_drafts

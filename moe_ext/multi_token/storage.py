@@ -120,7 +120,8 @@ def read_meta(folder: Path) -> Meta:
 def read_config(folder: Path) -> MultiTokenConfig:
     """The config in a folder; see `load` for what is refused."""
     try:
-        return MultiTokenConfig(**_read_json(folder, CONFIG))
+        # A folder that says nothing of it is older than the attention.
+        return MultiTokenConfig(**{"prefix_attention": False, **_read_json(folder, CONFIG)})
     except TypeError as unknown:
         raise ValueError(f"{folder / CONFIG} is no config of token heads: {unknown}.") from unknown
 

@@ -68,6 +68,8 @@ def make_model(family: str = "llama", *, num_heads: int = 3, seed: int = 0, **se
     with torch.no_grad():
         for block in model.heads.blocks:
             torch.nn.init.normal_(block.down.weight, std=0.1)
+        if model.heads.prefix is not None:
+            torch.nn.init.normal_(model.heads.prefix.out.weight, std=0.3)
     return model.eval()
 
 
@@ -88,14 +90,14 @@ class OracleSource:
         self.longest = longest
         self.generator = torch.Generator().manual_seed(0)
 
-    def start(self, ids_BL):
+    def start(self, ids_BL, mask_BL):
         self.place = ids_BL.shape[1]
 
-    def gates(self, state_BD, ids_BL):
+    def gates(self, state_BQD, ids_BL):
         self.place = ids_BL.shape[1]
         return torch.ones(len(ids_BL), self.longest)
 
-    def write(self, state_BD, token_B, num_drafts):
+    def write(self, token_B, num_drafts):
         draft_BK = self.future_BL[:, self.place : self.place + num_drafts]
         draft_BK = torch.nn.functional.pad(draft_BK, (0, num_drafts - draft_BK.shape[1]), value=5)
         other_BK = torch.rand(draft_BK.shape, generator=self.generator) < self.wrong

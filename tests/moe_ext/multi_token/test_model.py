@@ -25,7 +25,7 @@ def window_by_window(model, given):
         for place in range(tokens.shape[1] - 1):
             if labels[row, place + 1] == IGNORED_LABEL:
                 continue
-            first = state = states[row, place][None]
+            first = state = first_state(model, given, states, row, place)
             ended = False
             for head in range(model.config.num_heads):
                 read = labels[row, place + 1 + head]
@@ -46,6 +46,12 @@ def window_by_window(model, given):
                 if at >= tokens.shape[1]:
                     break
     return torch.stack(found).mean()
+
+
+def first_state(model, given, states, row, place):
+    """What the first head starts from, of the text up to there and the token that follows."""
+    tokens, mask = given["input_ids"][row, None, : place + 2], given["attention_mask"][row, None, : place + 1]
+    return model.first_states(states[row, None, : place + 1], tokens, mask)[0][:, -1]
 
 
 def after_end(labels, place, head):

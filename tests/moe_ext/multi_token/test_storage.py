@@ -43,7 +43,7 @@ def test_what_is_written_is_no_backbone(tmp_path, tokenizer):
     assert names >= {"config.json", "heads.safetensors", "router.safetensors", "moe_meta.json", "tokenizer.json"}
     assert not names & {"model.safetensors", "pytorch_model.bin"}
     tensors = {**load_file(folder / "heads.safetensors"), **load_file(folder / "router.safetensors")}
-    assert all(name.startswith(("blocks.", "layers.")) for name in tensors)
+    assert all(name.startswith(("blocks.", "prefix.", "layers.")) for name in tensors)
 
 
 def test_an_older_folder_of_pt_files_is_read(tmp_path, tokenizer):
@@ -54,6 +54,21 @@ def test_an_older_folder_of_pt_files_is_read(tmp_path, tokenizer):
         torch.save(load_file(plain), folder / f"{name}.pt")
         plain.unlink()
     again = read(model.backbone, folder)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "pt"])
+def test_a_folder_from_before_there_was_prefix_attention_is_read_without_it(tmp_path, tokenizer, layout):
+    model = make_model(prefix_attention=False)
+    folder = saved(model, tokenizer, tmp_path / "s2")
+    config = json.loads((folder / "config.json").read_text())
+    del config["prefix_attention"]
+    (folder / "config.json").write_text(json.dumps(config))
+    if layout == "pt":
+        torch.save(load_file(folder / "heads.safetensors"), folder / "heads.pt")
+        (folder / "heads.safetensors").unlink()
+    again = read(model.backbone, folder)
+    assert again.heads.prefix is None
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
 
 
