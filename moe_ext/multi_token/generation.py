@@ -261,22 +261,23 @@ class DecodingLoop:
 @torch.inference_mode()
 def costs_of(model: MultiTokenMoE, sources: Sequence[SourceName] = ALL_SOURCES, *, batch_size: int = 1) -> PassCosts:
     """Measure c(k), drafting included, of a model where it is, behind a short text of arbitrary tokens."""
-    text_BL = torch.arange(COST_CONTEXT, device=model.backbone_device).repeat(batch_size, 1) % COST_PERIOD
+    text_BL = torch.arange(COST_CONTEXT + 1, device=model.backbone_device).repeat(batch_size, 1) % COST_PERIOD
+    prompt_BP = text_BL[:, :-1]
     held = {source.name: source for source in sources_of(model, sources)}
     cache = DynamicCache(config=model.backbone.config)
-    with backbone_passes(model.backbone, text_BL, {"past_key_values": cache}) as passes:
+    with backbone_passes(model.backbone, prompt_BP, {"past_key_values": cache}) as passes:
         passes.read_prompt()
-        state_BLD = passes.states()
+        state_BPD = passes.states()
         for source in held.values():
-            source.start(text_BL, torch.ones_like(text_BL))
-            source.gates(state_BLD, text_BL)
+            source.start(prompt_BP, torch.ones_like(prompt_BP))
+            source.gates(state_BPD, text_BL)
 
         def run_pass(name: SourceName, num_drafts: int) -> None:
             """What a turn of the loop does on the device, with nothing kept."""
-            sources = {each: copy(source) for each, source in held.items()}
+            sources = {each: copy(source) for each, source in held.items()}  # these read on, `held` does not
             for source in sources.values():
-                # As many new states as the longest step forward brings.
-                source.gates(state_BLD[:, -num_drafts - 1 :], text_BL).tolist()
+                # The states of as many tokens as a whole draft that stands brings.
+                source.gates(state_BPD[:, -num_drafts - 1 :], text_BL).tolist()
             if num_drafts:
                 sources[name].write(text_BL[:, -1], num_drafts).tolist()
             # Arbitrary tokens in place of the draft, which may be shorter where a head is OFF.

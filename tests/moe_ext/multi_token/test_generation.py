@@ -324,6 +324,7 @@ def test_every_number_of_drafts_has_a_cost_and_measuring_leaves_no_hook_behind()
     model = make_model()
     costs = costs_of(model, ["heads"])
     assert len(costs.ms["heads"]) == 4 and min(costs.ms["heads"]) > 0
+    assert not model.backbone.base_model._forward_hooks
     assert not model.backbone.get_output_embeddings()._forward_pre_hooks
 
 
