@@ -18,9 +18,9 @@ PROBE_TOKENS = 4
 
 
 class CaughtStates:
-    """Where the states of the last pass are kept."""
+    """Where the states of the last pass are kept; none as long as nothing is caught."""
 
-    state_BLD: Tensor
+    state_BLD: Tensor = torch.empty(0)
 
     def entering(self, lm_head, inputs: tuple[Tensor, ...]) -> None:
         self.state_BLD = inputs[0]
@@ -74,13 +74,12 @@ def check_backbone(backbone: PreTrainedModel) -> None:
         )
     device = backbone.get_input_embeddings().weight.device
     probe_BL = torch.arange(PROBE_TOKENS, device=device)[None]
-    mask_BL = torch.ones_like(probe_BL)
-    with lm_head_input(backbone) as caught:
-        backbone(input_ids=probe_BL, attention_mask=mask_BL, use_cache=False)
-    returned_BLD = states_of(backbone, probe_BL, mask_BL)
-    if caught.state_BLD.shape != returned_BLD.shape or not torch.equal(caught.state_BLD, returned_BLD):
+    with lm_head_input(backbone) as read, body_output(backbone) as returned:
+        backbone(input_ids=probe_BL, attention_mask=torch.ones_like(probe_BL), use_cache=False)
+    read_BLD, returned_BLD = read.state_BLD, returned.state_BLD
+    if read_BLD.shape != returned_BLD.shape or not torch.equal(read_BLD, returned_BLD):
         raise ValueError(
-            f"The lm_head of {name} reads {tuple(caught.state_BLD.shape)} numbers that are not those its body returns "
+            f"The lm_head of {name} reads {tuple(read_BLD.shape)} numbers that are not those its body returns "
             f"({tuple(returned_BLD.shape)}), so heads trained on the body's states could not use it. Take another "
             "backbone."
         )

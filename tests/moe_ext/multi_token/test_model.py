@@ -154,6 +154,13 @@ def test_the_state_that_is_trained_on_is_the_one_that_is_drafted_from(family):
     torch.testing.assert_close(model.states(tokens, torch.ones_like(tokens)), caught.state_BLD)
 
 
+def test_a_model_whose_lm_head_reads_something_else_is_refused():
+    backbone = make_backbone()
+    backbone.get_output_embeddings().register_forward_pre_hook(lambda layer, inputs: (2 * inputs[0],))
+    with pytest.raises(ValueError, match=r"reads \(1, 4, 32\) numbers that are not those its body returns"):
+        check_backbone(backbone)
+
+
 def test_a_model_without_a_decoder_and_an_lm_head_is_refused():
     config = T5Config(vocab_size=40, d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8)
     with pytest.raises(ValueError, match="T5ForConditionalGeneration is not a decoder"):

@@ -4,9 +4,11 @@ import pytest
 import torch
 from multi_token_testing import VOCABULARY, make_backbone, make_model
 
+from foundation.options import OptionParser
 from moe_ext.multi_token.data import Task
-from moe_ext.multi_token.generation import DecodingLoop, generate
+from moe_ext.multi_token.generation import COST_CONTEXT, DecodingLoop, costs_of, generate
 from moe_ext.multi_token.model import MultiTokenConfig, MultiTokenMoE, Training
+from moe_ext.multi_token.options import TrainOptions
 from moe_ext.multi_token.planning import FixedPlan
 from moe_ext.multi_token.ppo import PPOSettings, play, train_ppo
 from moe_ext.multi_token.prefix_attention import ROTARY_BASE, PrefixAttention
@@ -176,6 +178,24 @@ def test_the_router_reads_it_and_does_not_train_it():
 def test_independent_heads_have_none():
     model = MultiTokenMoE(make_backbone(), MultiTokenConfig(kind="independent", prefix_attention=True))
     assert model.heads.prefix is None and not model.config.prefix_attention
+
+
+@pytest.mark.parametrize(("words", "there"), [([], True), (["--no_prefix_attention"], False)])
+def test_heads_are_trained_with_it_unless_it_is_left_out(words, there):
+    (options,) = OptionParser((TrainOptions,)).parse(["--data=prose", "--out=run", *words])
+    assert options.model_config().prefix_attention == there
+
+
+def test_every_pass_whose_cost_is_measured_is_read_behind_the_same_text(monkeypatch):
+    model, lengths, inner = make_model(), [], MultiTokenMoE.first_states
+
+    def watched(self, state_BQD, ids_BT, mask_BQ, past=None):
+        lengths.append(0 if past is None else past.mask_BM.shape[1])
+        return inner(self, state_BQD, ids_BT, mask_BQ, past)
+
+    monkeypatch.setattr(MultiTokenMoE, "first_states", watched)
+    costs_of(model, ["heads"])
+    assert len(lengths) > 4 and set(lengths[1:]) == {COST_CONTEXT}
 
 
 class Watched(HeadSource):
