@@ -38,10 +38,14 @@ def test_a_head_drafts_the_likeliest_of_the_tokens_it_may():
     model = make_model(draft_vocabulary=5)
     allowed = torch.tensor([3, 8, 13, 21, 34])
     model.draft_only(allowed)
-    states, tokens = torch.randn(50, 32), torch.full((50,), 4)
-    drafted = HeadSource(model).write(states, tokens, 1)[:, 0]
+    states, text, mask = torch.randn(50, 1, 32), torch.full((50, 2), 4), torch.ones(50, 1)
+    source = HeadSource(model)
+    source.start(text[:, :1], mask)
+    source.gates(states, text)
+    drafted = source.write(text[:, 1], 1)[:, 0]
     with torch.no_grad():
-        logits = model.lm_head(model.heads.step(0, states, states, model.embed(tokens)))
+        first = model.first_states(states, text, mask)[0][:, 0]
+        logits = model.lm_head(model.heads.step(0, first, first, model.embed(text[:, 1])))
     assert torch.equal(drafted, allowed[logits[:, allowed].argmax(dim=-1)])
 
 
