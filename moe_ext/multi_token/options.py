@@ -51,7 +51,7 @@ class TrainOptions:
         default="sequential", metadata={"help": "Heads that read drafted tokens, or Medusa's that do not."}
     )
     prefix_attention: bool = field(
-        default=True, metadata={"help": "An attention layer over the text in front of heads that read drafted tokens."}
+        default=True, metadata={"help": "A layer of attention over the text in front of sequential heads."}
     )
     w_bce: float = field(default=1.0, metadata={"help": "Weight of the router's binary cross-entropy."})
     w_lb: float = field(default=0.2, metadata={"help": "Weight of its load balance."})
