@@ -46,9 +46,6 @@ ALLOCATED_FORMATS = ("MXFP8", "MXFP4", "INT4", "INT3", "INT2")
 class StudyOptions(CalibrationConfig, FinetuneConfig):
     model: str = field(default=SMALL_MOE, metadata={"help": MODEL_HELP})
     output: str = field(default="runs/router_ft", metadata={"help": "Folder of the results and the table."})
-    gptq_nsamples: int | None = field(
-        default=None, metadata={"help": "Calibration blocks that GPTQ reads; by default all."}
-    )
     split: str = field(default="test", metadata={"help": "Split of the held-out text."})
     max_blocks: int = field(default=64, metadata={"help": "Held-out blocks of each source."})
     device: str = field(default_factory=default_device, metadata={"help": "Where to compute."})
@@ -56,10 +53,6 @@ class StudyOptions(CalibrationConfig, FinetuneConfig):
     def __post_init__(self):
         CalibrationConfig.__post_init__(self)
         FinetuneConfig.__post_init__(self)
-        if self.gptq_nsamples is not None and not 0 < self.gptq_nsamples <= self.nsamples:
-            raise ValueError(
-                f"gptq_nsamples is {self.gptq_nsamples}, but must lie between 1 and nsamples ({self.nsamples})."
-            )
 
     @staticmethod
     def names(text: str) -> list[str]:
@@ -174,7 +167,7 @@ class Study:
 
     def quantized(self, plan: Plan, method: str) -> PreTrainedModel:
         model = copy.deepcopy(self.model)
-        quantize_model(model, plan, self.blocks_NL[: self.options.gptq_nsamples], method=method)
+        quantize_model(model, plan, self.blocks_NL, method=method)
         return model
 
     def by_gptq(self, plan: Plan) -> PreTrainedModel:

@@ -1,10 +1,8 @@
 """The command that does all steps: its table, its controls, and that it goes on where it was broken off."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 pytest.importorskip("compressed_tensors", reason="needs the extra 'quant'")
@@ -48,21 +46,6 @@ def test_the_table_has_a_line_for_every_plan_and_a_control(options, tmp_path, mo
     assert run(options) == told
 
 
-def test_gptq_may_read_fewer_blocks_than_routers_are_trained_on(options, monkeypatch):
-    read, trained = [], []
-    monkeypatch.setattr(run_module, "quantize_model", lambda *args, **_: read.append(args[2].tolist()))
-    monkeypatch.setattr(run_module, "losses_by_source", lambda *_: {"text": np.ones(1)})
-    for gptq_nsamples in (None, 3):
-        changed = replace(options, gptq_nsamples=gptq_nsamples, output=f"{options.output}-{gptq_nsamples}")
-        study = run_module.prepare(changed)
-        study.allocation_row("INT2")
-        trained.append(study.blocks_NL.tolist())
-    assert trained[0] == trained[1] and len(trained[0]) == 8
-    assert read == [trained[0], trained[0][:3]]
-    with pytest.raises(ValueError, match=r"gptq_nsamples is 9, but must lie between 1 and nsamples \(8\)"):
-        replace(options, gptq_nsamples=9)
-
-
 def test_results_of_other_options_are_not_taken_for_ones_own(options, tmp_path):
     file = tmp_path / "run" / "results" / "full.json"
     file.parent.mkdir(parents=True)
@@ -81,5 +64,4 @@ def test_a_plan_is_a_format_or_a_sensitivity_with_its_bits():
 def test_the_committed_configuration_is_read():
     (options,) = OptionParser((RunOptions,)).parse(["--config", str(CONFIG)])
     assert options.names(options.plans) == ["INT4", "INT3", "INT2", "lower_alpha@2.625"]
-    assert len(options.names(options.allocations)) == 5
     assert (options.objective, options.lr, options.split) == ("ce", 3e-3, "test")
