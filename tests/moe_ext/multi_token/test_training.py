@@ -116,7 +116,10 @@ def test_the_copy_router_learns_how_far_copies_stand(tmp_path):
     with torch.no_grad():
         turning = torch.sigmoid(model.copy_router(states[:, 7], torch.full((40,), 4)))[:, 0].mean()
         chance = torch.sigmoid(model.copy_router(states[:, 20], torch.full((40,), 1)))[:, 0].mean()
-    assert turning > 0.8 and chance < 0.3
+    tokens_BL = torch.tensor(texts)
+    matched_N, right_NK, judged_NK = model.copies(tokens_BL, tokens_BL, torch.ones_like(tokens_BL, dtype=torch.bool))
+    often = right_NK[(matched_N == 1) & judged_NK[:, 0], 0].float().mean()
+    assert turning > 0.8 and chance == pytest.approx(often.item(), abs=0.05)
 
 
 def test_every_epoch_trains(tmp_path):
