@@ -19,6 +19,8 @@ REFUSALS = (ValueError, FileNotFoundError, FileExistsError, ModuleNotFoundError,
 REFUSED = 2
 INTERRUPTED = 130  # what a shell reports of a program that was stopped by Ctrl-C
 LOG_FORMAT, LOG_TIME = "%(asctime)s %(message)s", "%H:%M:%S"
+# A line for every request; a line for every product of an 8-bit layer.
+QUIETER = {"httpx": logging.WARNING, "bitsandbytes.autograd._functions": logging.ERROR}
 STOPPED = "Stopped. The same command goes on from where it was."
 
 
@@ -89,7 +91,8 @@ def run_command(parser: OptionParser, work: Callable[..., str | None], argv: Seq
         SystemExit: with code 2 after one line, where options or `work` are refused; with 0 after --help.
     """
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, datefmt=LOG_TIME, stream=sys.stderr)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for name, least in QUIETER.items():
+        logging.getLogger(name).setLevel(least)
     try:
         text = work(*parser.parse(argv))
     except REFUSALS as refused:
