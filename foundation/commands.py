@@ -63,10 +63,7 @@ def run_program(program: str, commands: Mapping[str, Command], argv: Sequence[st
         print(f"usage: {program} {{{','.join(commands)}}} [--option value ...]\n\ncommands:\n{listed}")
         return 0
     if len(named) != 1:
-        given = (
-            f"{' and '.join(named)} were given" if named else f"'{argv[0]}' is no command" if argv else "no command"
-        )
-        print(f"{program}: error: {given}. Give one of {', '.join(commands)}.", file=sys.stderr)
+        print(f"{program}: error: {_fault(named, argv)}. Give one of {', '.join(commands)}.", file=sys.stderr)
         return REFUSED
     (name,) = named
     command = commands[name]
@@ -103,6 +100,12 @@ def run_command(parser: OptionParser, work: Callable[..., str | None], argv: Seq
     if text:
         print(text)
     return 0
+
+
+def _fault(named: Sequence[str], argv: Sequence[str]) -> str:
+    if named:
+        return f"{' and '.join(named)} were given"
+    return f"'{argv[0]}' is no command" if argv else "no command was given"
 
 
 def _is_flag_in(name: str, argv: Sequence[str]) -> bool:

@@ -68,7 +68,7 @@ def test_the_command_that_is_named_runs(say, words, said):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ([], f"garden: error: no command. Give one of {NAMES}.\n"),
+        ([], f"garden: error: no command was given. Give one of {NAMES}.\n"),
         (["dig"], f"garden: error: 'dig' is no command. Give one of {NAMES}.\n"),
         (["rest", "--trim"], "garden: error: --trim and rest were given."),
         (["rest", "--size=-1"], "garden rest: error: size is -1, but must be at least 0. Give another.\n"),
