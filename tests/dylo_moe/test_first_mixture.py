@@ -108,7 +108,7 @@ def test_a_broken_run_continues_from_its_checkpoint_and_ends_the_same(
 
     monkeypatch.setattr(Trainer, "training_step", breaks_at_the_fourth)
     assert train.main(tiny_options(tmp_path)) == 130
-    assert "The same command goes on from where it was" in capsys.readouterr().err
+    assert "The same command goes on from what it has kept" in capsys.readouterr().err
     assert calls == [0, 1, 2, 3]
     assert train.main(tiny_options(tmp_path)) == 0
     assert calls[4] == 2  # the checkpoint of step 2

@@ -226,7 +226,7 @@ def test_a_run_that_is_interrupted_says_how_to_go_on(say, undrawn, monkeypatch, 
     with monkeypatch.context() as patched:
         patched.setattr("moe_ext.router_study.run_command.write_study", stop)
         code, _, error = say("run", out="study", replicates=3)
-    assert (code, error) == (130, "Stopped. The same command goes on from where it was.")
+    assert (code, error) == (130, "Stopped. The same command goes on from what it has kept.")
     assert not (tmp_path / "study").exists()
     assert (tmp_path / "study.collecting/state.safetensors").exists()
     assert say("run", out="study", replicates=3)[0] == 0
