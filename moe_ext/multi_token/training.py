@@ -49,7 +49,7 @@ class StageSettings:
 
 
 def train_stage(model: MultiTokenMoE, rows: Dataset, settings: StageSettings, folder: Path) -> float:
-    """Train a stage; called again with the same arguments it goes on from what it has kept broken off.
+    """Train a stage; called again with the same arguments it goes on from where it was broken off.
 
     Args:
         model: changed in place.
