@@ -144,8 +144,8 @@ def _tests(
             before[path] = Side(outcomes=kept)
     if not own + theirs:
         return "no tests", []
-    expected = Side(outcomes={test: found for path in theirs for test, found in before[path].outcomes.items()})
-    side = run_tests(name, copy, own + theirs, workers, PEFT_PRISTINE=str(base / "src"))
+    expected = Side(outcomes={test: found for path in theirs for test, found in before[path].outcomes.items()}).named()
+    side = run_tests(name, copy, own + theirs, workers, PEFT_PRISTINE=str(base / "src")).named()
     hub = side.count("hub")
     passed = f"{side.count('passed')} tests passed" + (f", {hub} could not run for want of the hub" if hub else "")
     return passed, [

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -76,6 +77,8 @@ WANTS_THE_HUB = re.compile(
     r"not the path to a directory|Can't load .* for|cannot find the requested files in the local cache|"
     r"Couldn't find any data file|Cannot find an appropriate cached snapshot"
 )
+# pytest names a case that is a dict by its argument and by its row in the table of cases, such as config_kwargs38.
+ROW = re.compile(r"(?<=kwargs)\d+")
 # Goes up when the plugin below runs the same files otherwise, so that kept results are not used any more.
 RULES = 1
 # Versions that can change which tests pass.
@@ -112,6 +115,29 @@ class Side:
 
     def passed(self) -> set[str]:
         return {test for test, found in self.outcomes.items() if found == "passed"}
+
+    def names(self) -> dict[str, str]:
+        """Test id -> a name that a further row in a table of cases leaves as it is: the id without the row.
+
+        Of tests that are alike but for their rows, the second by its row is named `... (2)`, and so on.
+        """
+        alike = defaultdict(list)
+        for test in self.outcomes:
+            alike[ROW.sub("", test)].append(test)
+        return {
+            test: name if number == 1 else f"{name} ({number})"
+            for name, tests in alike.items()
+            for number, test in enumerate(sorted(tests, key=_rows), start=1)
+        }
+
+    def named(self) -> "Side":
+        """The same by these names, to be compared with a side whose tables have more rows."""
+        names = self.names()
+        return Side(
+            seconds=self.seconds,
+            outcomes={names[test]: found for test, found in self.outcomes.items()},
+            messages={names[test]: message for test, message in self.messages.items()},
+        )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -185,15 +211,15 @@ def compare(files: list[str], *, workers: int, again: bool) -> dict:
             kept.write_text(json.dumps(dataclasses.asdict(pristine)), encoding="utf-8")
         fork = run_tests("fork", trees["fork"], [f"tests/{name}.py" for name in files], workers)
         flaky = []
-        if different := sorted(differences(pristine, fork)):
+        if different := differences(pristine.named(), fork.named()):
             print(f"{len(different)} tests differ; running them once more on both sides", file=sys.stderr, flush=True)
             for side, name in ((pristine, "pristine"), (fork, "fork")):
-                if present := [test for test in different if test in side.outcomes]:
+                if present := [test for test, named in side.names().items() if named in different]:
                     second = run_tests(name, trees[name], present, 0)
                     side.outcomes |= second.outcomes
                     side.messages |= second.messages
-            flaky = sorted(set(different) - differences(pristine, fork))
-    return _summary(pristine, fork, flaky)
+            flaky = sorted(different - differences(pristine.named(), fork.named()))
+    return _summary(pristine.named(), fork.named(), flaky)
 
 
 def describe(summary: dict) -> str:
@@ -216,7 +242,7 @@ def describe(summary: dict) -> str:
 
 
 def differences(pristine: Side, fork: Side) -> set[str]:
-    """Tests of the release that pass on one side only, and tests that only the fork has and that fail."""
+    """Tests of the release that pass on one side only, and tests that only the fork has and that fail; both `named`."""
     common = pristine.outcomes.keys()
     added = {test for test, found in fork.outcomes.items() if test not in common and found == "failed"}
     return (pristine.passed() ^ (fork.passed() & common)) | added
@@ -248,6 +274,10 @@ def _summary(pristine: Side, fork: Side, flaky: list[str]) -> dict:
         "for_want_of_the_hub": sorted(test for test, found in fork.outcomes.items() if found == "hub"),
         "messages": {test: fork.messages.get(test) or pristine.messages.get(test, "") for test in sorted(different)},
     }
+
+
+def _rows(test: str) -> list[int]:
+    return [int(row) for row in ROW.findall(test)]
 
 
 def _write_tree(folder: Path, files: dict[str, bytes]) -> None:

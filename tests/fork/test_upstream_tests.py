@@ -33,6 +33,32 @@ def test_a_test_that_passes_on_one_side_only_is_a_difference(fork, different):
     assert differences(side(a="passed", b="failed", c="hub"), side(**fork)) == different
 
 
+def test_a_row_more_in_a_table_of_cases_is_no_difference_but_what_it_hides_is():
+    def at(config, row):
+        return f"tests/test_config.py::test_copy[{config}-mandatory_kwargs{row}]"
+
+    pristine = Side(
+        outcomes={at("LoraConfig", 9): "passed", at("MissConfig", 10): "passed", at("OSFConfig", 11): "failed"}
+    )
+    further = {at("LoraConfig", 9): "passed", at("MissConfig", 10): "passed", at("MoELoraConfig", 11): "passed"}
+    fork = Side(outcomes=further | {at("OSFConfig", 12): "failed"})
+    assert differences(pristine.named(), fork.named()) == set()
+    fork.outcomes[at("OSFConfig", 12)] = "passed"
+    assert differences(pristine.named(), fork.named()) == {
+        "tests/test_config.py::test_copy[OSFConfig-mandatory_kwargs]"
+    }
+
+
+def test_tests_alike_but_for_their_rows_are_numbered_in_the_order_of_the_rows():
+    side = Side(outcomes={"test_a[kwargs10]": "failed", "test_a[kwargs9]": "passed", "test_b": "hub"})
+    assert side.names() == {
+        "test_a[kwargs9]": "test_a[kwargs]",
+        "test_a[kwargs10]": "test_a[kwargs] (2)",
+        "test_b": "test_b",
+    }
+    assert side.named().outcomes == {"test_a[kwargs]": "passed", "test_a[kwargs] (2)": "failed", "test_b": "hub"}
+
+
 def test_the_summary_counts_and_names_what_differs():
     pristine, fork = (
         side(a="passed", b="failed", c="hub", d="skipped"),
@@ -74,7 +100,7 @@ def two_sides(queue, tmp_path, monkeypatch):
             "import pytest\nfrom pathlib import Path\nimport peft\n"
             "text = (Path(peft.__file__).parent / 'mapping.py').read_text()\n"
             "def test_both(): assert 'line 1' in text\n"
-            "def test_pristine(): assert 'registry' not in text\n"
+            "@pytest.mark.parametrize('kwargs', [{}])\ndef test_pristine(kwargs): assert 'registry' not in text\n"
             "def test_hub(): raise OSError(\"We couldn't connect to 'https://huggingface.co'\")\n"
             "@pytest.mark.xfail\ndef test_known(): assert False\n"
             "@pytest.mark.skip\ndef test_skipped(): pass\n"
@@ -100,7 +126,7 @@ def test_both_sides_are_run_and_compared(two_sides, tmp_path):
     names = ["--select", "test_mapping", "test_custom_models", "--workers", "0", "--output", str(tmp_path / "out")]
     assert upstream_tests.main(names) == 1
     summary = json.loads((tmp_path / "out/summary.json").read_text())
-    assert summary["tests"]["pass_on_the_pristine_side_only"] == ["tests/test_mapping.py::test_pristine"]
+    assert summary["tests"]["pass_on_the_pristine_side_only"] == ["tests/test_mapping.py::test_pristine[kwargs]"]
     expected = {"ran": 7, "passed": 4, "failed": 0, "hub": 1, "skipped": 1, "xfailed": 1}
     assert {key: value for key, value in summary["sides"]["pristine"].items() if key != "seconds"} == expected
     assert (tmp_path / "out/summary.txt").read_text().endswith("NOT the same tests pass\n")
