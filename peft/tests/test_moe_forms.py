@@ -76,6 +76,19 @@ def test_dropout_runs_in_the_sparse_form(taken):
     assert torch.equal(model(input_ids=ids).logits, first)
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("num_experts", [4, 64])
+@pytest.mark.parametrize("listened_to", [False, True])
+def test_a_layer_that_no_token_reaches_runs(num_experts, training, listened_to):
+    model = routed_model(num_experts, top_k=2).train(training)
+    if listened_to:  # then the gate is called by itself
+        for gate in model.base_model.moe_router.gates.values():
+            gate.register_forward_hook(lambda *args: None)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    for shape in [(0, 32), (0, 3, 32), (2, 0, 32)]:
+        assert layer(torch.zeros(shape)).shape == shape
+
+
 def test_every_expert_gets_a_gradient_even_if_no_token_chose_it(taken):
     model = routed_model(32, top_k=1)
     model(input_ids=torch.arange(4)[None], labels=torch.arange(4)[None]).loss.backward()

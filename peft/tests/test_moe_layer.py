@@ -179,6 +179,17 @@ class TestShapes:
             layer(x[0, 0], routing_weights=weights), layer(x, routing_weights=weights)[0, 0], **EXACT
         )
 
+    @every_weight_shape
+    @every_layer
+    def test_a_call_without_tokens_gives_what_the_base_layer_gives(self, kind, weight_shape):
+        layer, x = example(kind)
+        tokens = (0, *token_shape(layer, x)[1:])
+        x = x[:0]  # as an expert of a mixture-of-experts model gets that no token chose
+        routed = layer(x, routing_weights=weights_of_shape(weight_shape, tokens))
+        assert routed.shape == layer.base_layer(x).shape
+        routed.sum().backward()
+        assert all(not factor.grad.any() for factor in trained_factors(layer).values())
+
     def test_rows_of_weights_are_repeated_over_all_inner_dimensions(self):
         layer, x = example("linear")
         x = torch.stack([x, 2 * x], dim=1)  # [batch, 2, seq, features]

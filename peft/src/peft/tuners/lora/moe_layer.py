@@ -187,10 +187,8 @@ def fit_to_tokens(routing_weights: torch.Tensor, tokens: tuple[int, ...], where:
         return routing_weights
     if len(lead) == 1 and lead[0] == batch:
         return routing_weights.reshape(batch, *(1,) * (len(tokens) - 1), num_experts)
-    if len(lead) == 1 and len(tokens) == 1 and batch % lead[0] == 0:  # tokens flattened by the model
+    if len(lead) == 1 and len(tokens) == 1 and lead[0] and batch % lead[0] == 0:  # tokens flattened by the model
         return routing_weights.repeat_interleave(batch // lead[0], dim=0)
-    if len(lead) == 2 and tuple(lead) == tuple(tokens):
-        return routing_weights
     if len(lead) == 2 and len(tokens) == 1 and lead[0] * lead[1] == batch:
         return routing_weights.reshape(batch, num_experts)
     raise ValueError(
@@ -198,18 +196,6 @@ def fit_to_tokens(routing_weights: torch.Tensor, tokens: tuple[int, ...], where:
         "Pass [num_experts], [batch, num_experts] or [batch, seq, num_experts] for the batch and sequence length of "
         "this call."
     )
-
-
-class ExpertStack(NamedTuple):
-    """The factors of several adapters, concatenated along the rank dimension.
-
-    `A` is `[sum of ranks, in_features]` (None for embeddings, which look up each adapter instead), `B` is
-    `[out_features, sum of ranks]`, `bias` is `[num_experts, out_features]` or None.
-    """
-
-    A: Optional[torch.Tensor]
-    B: torch.Tensor
-    bias: Optional[torch.Tensor]
 
 
 def _add_linear(layer, x, result, routing, names, columns, kept) -> torch.Tensor:
@@ -228,10 +214,10 @@ def _add_linear(layer, x, result, routing, names, columns, kept) -> torch.Tensor
     if own:
         rows = stack.rows if with_gate else [routing.weight]
         hidden, scores = project(x, rows, len(routing.weight), routing.weight.dtype)
-        weights = routing.weights_of(scores.reshape(*tokens, -1))
+        weights = routing.weights_of(scores.reshape(*tokens, len(routing.weight)))
     else:
         weights = fit_to_tokens(routing, tokens).expand(*tokens, -1)
-    weights = _for_experts(weights, stack, columns, dtype).reshape(num_tokens, -1)
+    weights = _for_experts(weights, stack, columns, dtype).reshape(num_tokens, len(names))
     if sparse:
         dropped = F.dropout(x, *rates) if any(rates) else x
         factors = stack.expert_rows(), stack.expert_columns()

@@ -147,7 +147,7 @@ class Gate(nn.Module):
             x = x.to(self.weight.dtype)
             x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
         _, scores = project(x, [self.weight], len(self.weight), self.weight.dtype)
-        return self.logits_of(scores.reshape(*hidden_states.shape[:-1], -1))
+        return self.logits_of(scores.reshape(*hidden_states.shape[:-1], len(self.weight)))
 
     @property
     def must_be_called(self) -> bool:
