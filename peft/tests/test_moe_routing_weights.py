@@ -576,6 +576,15 @@ class TestRefusals:
         model = mixture(experts={"plain": {"r": 2}, "other": {"r": 2, **arguments}}, target_modules=["c_attn"])
         self.refused(model, rf"'other' uses the LoRA variant {variant}.*Use plain LoRA", weights=torch.rand(2))
 
+    def test_a_layer_that_cannot_be_routed_is_named_before_anything_runs(self, model):
+        model.add_adapter("dora", LoraConfig(target_modules=["h.1.attn.c_attn"], use_dora=True, fan_in_fan_out=True))
+        model.base_model.set_adapter(["one", "dora"])
+        ran = []
+        handle = model.base_model.model.transformer.wte.register_forward_hook(lambda *args: ran.append(1))
+        self.refused(model, "'transformer.h.1.attn.c_attn' cannot be routed. Adapter 'dora'", weights=torch.rand(2))
+        assert not ran
+        handle.remove()
+
     def test_target_parameters_are_refused(self):
         base = nn.Sequential(nn.Linear(5, 4))
         model = with_experts(base, {"one": {"r": 2}}, task_type=None, target_parameters=["0.weight"])

@@ -66,8 +66,7 @@ class RoutedLoraMixin:
         layers = self._adapted_layers()
         active = next(iter(layers.values())).active_adapters if layers else []
         _check_explicit(weights, active)
-        for layer in layers.values():
-            why_unroutable(layer)
+        _refuse_unroutable(layers)
         held = {name for layer in layers.values() for name in (*layer.lora_A, *layer.lora_embedding_A)}
         if not held.issuperset(active):
             unknown = [name for name in active if name not in held]
@@ -319,12 +318,7 @@ class RoutedLoraMixin:
             for name, layer in self._adapted_layers().items()
             if any(expert in layer.lora_A or expert in layer.lora_embedding_A for expert in experts)
         }
-        reasons = {name: reason for name, layer in layers.items() if (reason := why_unroutable(layer))}
-        if reasons:
-            name, reason = next(iter(reasons.items()))
-            modules = sorted({other.rpartition(".")[2] for other in layers if other not in reasons})
-            advice = f" The other modules can be routed: target_modules={modules}." if modules else ""
-            raise ValueError(f"'{name}' cannot be routed. {reason}{advice}")
+        _refuse_unroutable(layers)
         return layers
 
     def _active_experts(self) -> list[str]:
@@ -378,6 +372,16 @@ class RoutedLoraMixin:
             handles.append(module.register_forward_pre_hook(context.begin, with_kwargs=True))
             handles.append(module.register_forward_hook(context.end, with_kwargs=True, always_call=True))
         return handles
+
+
+def _refuse_unroutable(layers: dict[str, nn.Module]) -> None:
+    """Raise a `ValueError` that names the first of these layers that cannot be routed, and the modules that can."""
+    reasons = {name: reason for name, layer in layers.items() if (reason := why_unroutable(layer))}
+    if reasons:
+        name, reason = next(iter(reasons.items()))
+        modules = sorted({other.rpartition(".")[2] for other in layers if other not in reasons})
+        advice = f" The other modules can be routed: target_modules={modules}." if modules else ""
+        raise ValueError(f"'{name}' cannot be routed. {reason}{advice}")
 
 
 def _place_gate(router: Router, site: RouterSite) -> None:
