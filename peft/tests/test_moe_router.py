@@ -420,6 +420,21 @@ class TestSites:
         router = model.attach_router(RouterConfig(scope="block"))
         assert sorted(router.gates) == ["lm_head", "model/layers/0", "model/layers/1"]
 
+    def test_layers_may_have_the_names_of_a_dicts_methods(self):
+        class Attending(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.keys, self.values = nn.Linear(4, 4), nn.Linear(4, 4)
+
+            def forward(self, x):
+                return self.keys(x) @ self.values(x).mT
+
+        model = adapters("a", "b", base=Attending(), targets=["keys", "values"], task_type=None).base_model
+        router = model.attach_router(RouterConfig())
+        model(torch.rand(2, 3, 4))
+        assert sorted(router.gates) == ["keys/", "values/"]
+        assert sorted(model.routing_summary()) == ["keys", "values"]
+
     def test_all_layers_of_a_block_share_its_weights(self):
         model = adapters("a", "b", "c")
         model.attach_router(RouterConfig(scope="block"))

@@ -296,5 +296,8 @@ class Router(nn.Module):
 
 
 def gate_key(site: str) -> str:
-    """Module names cannot hold dots: `model.layers.0` becomes `model/layers/0`."""
-    return site.replace(".", "/")
+    """The name of a site's gate: one that holds dots, or names a method of the dict of gates, cannot be a module's.
+
+    `model.layers.0` becomes `model/layers/0`, and `keys` becomes `keys/`.
+    """
+    return f"{site}/" if hasattr(nn.ModuleDict, site) else site.replace(".", "/")
