@@ -121,6 +121,7 @@ class TestConfig:
         "arguments, message",
         [
             ({"experts": []}, "experts is empty"),
+            ({"experts": "math"}, "experts is the string 'math', but must be a list of names or a dict"),
             ({"num_experts": 0}, "num_experts is 0, but must be at least 1"),
             ({"num_experts": 3, "experts": ["a", "b"]}, "num_experts is 3 but experts names 2"),
             ({"experts": ["a", "a"]}, "Each expert needs a name of its own"),

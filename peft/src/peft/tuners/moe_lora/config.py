@@ -116,6 +116,10 @@ class MoELoraConfig(LoraConfig):
                 f"init_lora_weights='{self.init_lora_weights}' changes the base weights for one adapter, and again for "
                 "each further expert. Use True, 'gaussian' or 'orthogonal'."
             )
+        if isinstance(self.experts, str):
+            raise ValueError(  # noqa: TRY004 as for the other wrong values
+                f"experts is the string {self.experts!r}, but must be a list of names or a dict. Write ['{self.experts}']."
+            )
         if isinstance(self.experts, (list, tuple)):
             self.experts = list(self.experts)
         if self.experts is not None and not self.experts and self.expert_configs is None:
