@@ -34,6 +34,7 @@ from moe_testing import (
 )
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -805,6 +806,22 @@ class TestFreezeRouting:
         stock = PeftModel.from_pretrained(load_base(base_folder), tmp_path / "frozen")
         assert torch.equal(logits(stock), logits(model))
 
+    def test_a_layer_whose_name_ends_another_keeps_its_own_rank(self, tmp_path):
+        def base():
+            torch.manual_seed(0)
+            block = nn.ModuleDict({"lin": nn.Linear(8, 8)})
+            return nn.ModuleDict({"block": block, "lin": nn.Linear(8, 8)})
+
+        model = get_peft_model(base(), LoraConfig(r=2, target_modules=["lin"], init_lora_weights=False), "all")
+        model.add_adapter("inner", LoraConfig(r=3, target_modules=["block.lin"], init_lora_weights=False))
+        model.base_model.set_adapter(["all", "inner"])
+        model.base_model.export_expert(model.base_model.freeze_routing([0.3, 0.7]), tmp_path)
+        stock = PeftModel.from_pretrained(base(), tmp_path).base_model.model
+        for name, rank in [("lin", 2), ("block.lin", 5)]:
+            layer, loaded = model.base_model.model.get_submodule(name), stock.get_submodule(name)
+            assert loaded.r["default"] == layer.r["frozen"] == rank
+            torch.testing.assert_close(loaded.get_delta_weight("default"), layer.get_delta_weight("frozen"))
+
     def test_a_frozen_routing_is_merged(self):
         model = tiny_mixture()
         model.set_adapter(model.freeze_routing([0.2, 0.5, 0.3]))
@@ -830,11 +847,16 @@ class TestFreezeRouting:
             ({"weights": [0.5, 0.5]}, r"one number for each of the experts .*, got \[2\]"),
             ({"weights": [0.0, 0.0, 0.0]}, "All weights of the experts .* are zero"),
             ({"weights": [1.0, 0.0, 0.0], "adapter_name": "expert_0"}, "already an adapter 'expert_0'"),
+            ({"weights": [1.0, 0.0, 0.0], "adapter_name": "v1.0"}, "adapter_name is 'v1.0', but must .* without dots"),
+            ({"weights": [1.0, 0.0, 0.0], "adapter_name": ""}, "adapter_name is '', but must be non-empty"),
         ],
     )
-    def test_a_wrong_call_is_refused(self, arguments, message):
+    def test_a_wrong_call_is_refused_and_leaves_no_adapter(self, arguments, message):
+        model = tiny_mixture()
+        adapters = list(model.peft_config)
         with pytest.raises(ValueError, match=message):
-            tiny_mixture().freeze_routing(**arguments)
+            model.freeze_routing(**arguments)
+        assert list(model.peft_config) == adapters
 
     def test_a_prompt_without_a_router_is_refused(self):
         model = tiny_mixture()

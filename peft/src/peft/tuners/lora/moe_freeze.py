@@ -52,10 +52,13 @@ def freeze_routing(
         The adapter's name.
 
     Raises:
-        ValueError: neither weights nor inputs (or both) are given, the name is taken, or all weights are zero.
+        ValueError: neither weights nor inputs (or both) are given, the name is taken or unusable, or all weights are
+            zero.
     """
     if (weights is None) == (not inputs):
         raise ValueError("Pass either weights (one for each expert) or the inputs of a prompt, e.g. input_ids.")
+    if not adapter_name or "." in adapter_name:
+        raise ValueError(f"adapter_name is {adapter_name!r}, but must be non-empty and without dots.")
     if adapter_name in model.peft_config:
         raise ValueError(f"There is already an adapter '{adapter_name}'. Choose another adapter_name.")
     router = model._router_of()
@@ -136,7 +139,8 @@ def _join(layer: nn.Module, experts: list[str], weights: torch.Tensor):
 def _add_adapter(model: LoraModel, adapter_name: str, factors: dict[str, tuple]) -> None:
     ranks = {name: len(A) for name, (A, _, _) in factors.items()}
     most = max(ranks.values())
-    pattern = {re.escape(name): rank for name, rank in ranks.items() if rank != most}
+    # A pattern without ^ would also match the layers whose names end in this one.
+    pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != most}
     some_expert = next(config for config in model.peft_config.values() if type(config) is LoraConfig)
     model.peft_config[adapter_name] = LoraConfig(
         r=most,
