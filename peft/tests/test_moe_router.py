@@ -898,6 +898,17 @@ class TestCustomGates:
             model(input_ids=tokens(2, 5))
         assert all(((weights[0] > 0).sum(-1) == 1).all() for weights in recorded.values())
 
+    @pytest.mark.parametrize("option", [{"jitter": 0.1}, {"init": "zeros"}, {"init": "experts"}], ids=str)
+    def test_options_of_the_librarys_own_gates_are_refused_beside_a_custom_one(self, option):
+        model = adapters("a", "b", "c")
+        with pytest.raises(ValueError, match=rf"{next(iter(option))}=.*are for this library's own gates"):
+            model.attach_router(SharedGate(3), config=RouterConfig(**option))
+        assert not hasattr(model.base_model, "moe_router")
+
+    def test_two_configs_are_refused(self):
+        with pytest.raises(ValueError, match="Two RouterConfigs were passed. Pass one"):
+            adapters("a", "b").attach_router(RouterConfig(top_k=1), config=RouterConfig())
+
     def test_a_gate_of_the_wrong_width_names_both_counts(self):
         model = adapters("a", "b", "c", targets=["q_proj"])
         model.attach_router(SharedGate(2))

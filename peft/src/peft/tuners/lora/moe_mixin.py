@@ -111,13 +111,27 @@ class RoutedLoraMixin:
             The attached [`Router`], registered as a submodule so that optimizers see it.
 
         Raises:
-            ValueError: an unknown expert, an adapter that cannot be routed, or a router is attached already.
+            ValueError: an unknown expert, an adapter that cannot be routed, an option that would be ignored, or a router
+                is attached already.
         """
+        if isinstance(router, RouterConfig):
+            if config is not None:
+                raise ValueError("Two RouterConfigs were passed. Pass one; config goes with a module or function.")
+            router, config = None, router
+        experts = self._active_experts() if experts is None else experts
+        return self._attach(router, RouterConfig() if config is None else config, list(experts), initialise=True)
+
+    def _attach(
+        self,
+        gate: Optional[Union[nn.Module, GateFactory]],
+        config: RouterConfig,
+        experts: list[str],
+        *,
+        initialise: bool,
+    ) -> Router:
+        """Make and install a router; without `initialise`, its weights are to be loaded, so init="experts" can wait."""
         if self._router_of() is not None:
             raise ValueError("A router is already attached. Call detach_router() first.")
-        gate = None if router is None or isinstance(router, RouterConfig) else router
-        config = config or (router if isinstance(router, RouterConfig) else RouterConfig())
-        experts = list(self._active_experts() if experts is None else experts)
         unknown = [name for name in experts if name not in self.peft_config]
         if unknown:
             raise ValueError(f"Unknown experts {unknown}; this model holds the adapters {list(self.peft_config)}.")
@@ -130,7 +144,7 @@ class RoutedLoraMixin:
         router = Router(config, experts, sites, gate=gate)
         for site in sites:
             _place_gate(router, site)
-        if config.init == "experts" and gate is None:
+        if initialise and config.init == "experts":
             router.point_at_experts(sites)
         self._install(router, sites)
         return router
@@ -202,14 +216,7 @@ class RoutedLoraMixin:
                 raise ValueError(f"'{directory}' holds no {name}; pass a folder that save_router wrote.")
         with open(os.path.join(directory, ROUTER_CONFIG_NAME)) as file:
             saved = json.load(file)
-        config = RouterConfig(**saved["router"])
-        # The saved gates replace the initialisation, which may need experts that are trained.
-        init, config.init = config.init, "zeros"
-        router = self.attach_router(gate, experts=saved["expert_names"], config=config)
-        config.init = init
-        for built in router.gates.values():
-            if router.built_in:
-                built.absolute = init == "experts"
+        router = self._attach(gate, RouterConfig(**saved["router"]), saved["expert_names"], initialise=False)
         try:
             load_model(router, os.path.join(directory, ROUTER_WEIGHTS_NAME))
         except (RuntimeError, SafetensorError) as error:

@@ -50,7 +50,7 @@ class RouterConfig:
         top_k: experts kept for each token.
         top_p: probability that the kept experts must reach.
         temperature: divides the scores before the softmax.
-        jitter: in training, the gate's input is multiplied by noise drawn from [1 - jitter, 1 + jitter].
+        jitter: in training, the input of a [`Gate`] is multiplied by noise drawn from [1 - jitter, 1 + jitter].
         block: for scope "model", the index of the decoder block at which the gate looks (default: a quarter of the way
             up).
         init: "normal" (standard deviation 0.02), "zeros" (all experts alike), or "experts": each row is the direction
@@ -191,6 +191,11 @@ class Router(nn.Module):
     ) -> None:
         super().__init__()
         config.check_num_experts(len(expert_names))
+        if gate is not None and (config.jitter > 0 or config.init != "normal"):
+            raise ValueError(
+                f"jitter={config.jitter} and init='{config.init}' are for this library's own gates. Leave them out and "
+                "let your gate add noise and initialise itself."
+            )
         self.config = config
         self.expert_names = list(expert_names)
         self.built_in = gate is None

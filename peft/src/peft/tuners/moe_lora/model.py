@@ -109,15 +109,8 @@ class MoELoraModel(LoraModel):
             adapter_name=adapter_name,
             activate_adapter=True,
         )
-        router_config = config.router_config()
-        from_experts = recorded is not None and router_config.init == "experts"
-        if from_experts:
-            router_config.init = "normal"  # the experts' weights follow, and the saved gates with them
-        router = self.attach_router(router_config, experts=config.expert_names)
-        if from_experts:
-            router_config.init = "experts"
-            for gate in router.gates.values():
-                gate.absolute = True
+        # Of a recorded mixture, the experts' weights follow, and the saved gates with them.
+        self._attach(None, config.router_config(), config.expert_names, initialise=recorded is None)
         self.set_adapter(adapter_name, inference_mode=config.inference_mode)
 
     def _load_expert(self, name: str, source: str, low_cpu_mem_usage: bool) -> None:
