@@ -10,7 +10,7 @@ from fork_patches import Patch, apply_patch, run_git
 
 
 class Series:
-    """A scratch repository. Commits come from `start` and `add`; patches go out through `patches`."""
+    """A scratch repository. Commits come from `start` and `add`; a patch is cut by `diff`."""
 
     def __init__(self, folder: Path):
         self.folder = folder

@@ -19,7 +19,7 @@ from fake_upstream import FORK_FOLDER
 REAL = fork_tree.Fork(FORK_FOLDER)
 
 
-@pytest.mark.parametrize("command", [[], ["build"], ["check"], ["refresh"], ["rebase"], ["pr"]])
+@pytest.mark.parametrize("command", [[], ["build"], ["check"], ["refresh"], ["rebase"], ["pr"], ["verify"]])
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as left:
         fork.main([*command, "--help"])
