@@ -16,16 +16,11 @@
 A [`RoutingContext`] belongs to one model. While the model runs, a [`Frame`] holds what layers need: weights that were
 decided outside of them (explicit ones, a block's or the model's gate), the mask of real tokens, and the statistics of
 the gates that ran. Every LoRA layer holds a [`RoutingPort`] through which it asks for the weights of its tokens.
-
-Gradient checkpointing runs a block again during the backward pass, when the forward is long over, and its reentrant
-kind runs it first without gradients. So weights enter a checkpointed block as inputs and statistics leave it as
-outputs: both kinds then give the gradients, and count the tokens, of a run without checkpointing.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Optional, Union
@@ -34,6 +29,7 @@ import torch
 from torch import nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
+from .moe_checkpoint import RoutedCheckpoint
 from .moe_frame import Frame, input_shape
 from .moe_layer import OwnGate, fit_to_tokens
 from .moe_losses import CarryLoss, gate_statistics, report_losses, router_losses
@@ -374,57 +370,6 @@ class RoutingContext:
             yield frame
         finally:
             self.frames.pop()
-
-
-class RoutedCheckpoint:
-    """A gradient checkpointing function that passes routing weights in, and gate statistics and new weights out."""
-
-    def __init__(self, function: Callable, context: RoutingContext) -> None:
-        self.function = function
-        self.context = context
-
-    def __call__(self, run: Callable, *args: Any) -> Any:
-        context, frame = self.context, self.context.frame
-        if not context.running:
-            return self.function(run, *args)
-        replay = _Replay(context, run, frame, num_args=len(args))
-        returned = self.function(replay, *args, *frame.weights.values())
-        return replay.hand_over(returned, frame)
-
-
-class _Replay:
-    """The checkpointed computation as a function of tensors only; called in the forward and again in the backward."""
-
-    def __init__(self, context: RoutingContext, run: Callable, frame: Frame, num_args: int) -> None:
-        self.context = context
-        self.run = run
-        self.num_args = num_args
-        self.frame = frame.again({})  # as it is now: by the time of the backward, the encoder has returned
-        self.given_sites = list(frame.weights)
-        self.counted: list[str] = []
-        self.decided: list[str] = []
-        self.num_outputs = 0
-        self.returns_tuple = False
-
-    def __call__(self, *inputs: Any) -> tuple:
-        args, weights = inputs[: self.num_args], inputs[self.num_args :]
-        frame = self.frame.again(dict(zip(self.given_sites, weights)))
-        with self.context.within(frame):
-            output = self.run(*args)
-        self.returns_tuple = isinstance(output, tuple)
-        outputs = output if self.returns_tuple else (output,)
-        self.num_outputs = len(outputs)
-        decided = {site: made for site, made in frame.weights.items() if site not in self.given_sites}
-        self.counted, self.decided = list(frame.statistics), list(decided)
-        return (*outputs, *frame.statistics.values(), *decided.values())
-
-    def hand_over(self, returned: tuple, frame: Frame) -> Any:
-        """Put what the gates inside measured and decided into the frame; return the computation's own output."""
-        outputs, rest = returned[: self.num_outputs], returned[self.num_outputs :]
-        for site, vector in zip(self.counted, rest):
-            frame.count(site, vector)
-        frame.weights.update(zip(self.decided, rest[len(self.counted) :]))
-        return tuple(outputs) if self.returns_tuple else outputs[0]
 
 
 # -- reading the arguments of a forward ------------------------------------------------------------------------------
