@@ -212,6 +212,11 @@ class TestShapes:
         with pytest.raises(ValueError, match=rf"shape \({shape[0]}.*does not fit the input of {tokens} tokens"):
             layer(x, routing_weights=random_weights(*shape))
 
+    def test_weights_without_rows_are_refused_where_there_are_tokens(self):
+        layer, x = example("linear")
+        with pytest.raises(ValueError, match=r"shape \(0, 3\) does not fit the input of \(6,\) tokens"):
+            layer(x.flatten(0, 1), routing_weights=random_weights(0, 3))
+
     def test_weights_of_four_dimensions_are_refused(self):
         layer, x = example("linear")
         with pytest.raises(ValueError, match=r"shape \(1, 2, 3, 3\) does not fit"):
