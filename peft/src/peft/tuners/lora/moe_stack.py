@@ -116,7 +116,7 @@ class _HeldStack:
 
     def __init__(self, layer: nn.Module, names: list[str], gate: Optional[Tensor], parts: ExpertStack) -> None:
         self.names, self.gate = list(names), gate
-        self.scaling, self.ranks = dict(layer.scaling), dict(layer.r)
+        self.scaling = dict(layer.scaling)
         # Dictionaries, keys and what was found there: the adapters' modules, and their parameters.
         modules, parameters = [], []
         if len(layer.lora_embedding_A):
@@ -144,7 +144,7 @@ class _HeldStack:
             self.stack = parts._replace(rows=rows, columns=[columns], bias=bias, scalings=None)
 
     def still_holds(self, layer: nn.Module, names: list[str], gate: Optional[Tensor]) -> bool:
-        if names != self.names or gate is not self.gate or layer.scaling != self.scaling or layer.r != self.ranks:
+        if names != self.names or gate is not self.gate or layer.scaling != self.scaling:
             return False
         if not all(map(operator.is_, map(dict.get, self.holders, self.keys), self.found)):
             return False
