@@ -946,6 +946,25 @@ class TestSavedRouters:
         assert torch.equal(loaded(input_ids=ids).logits, expected)
 
     @torch.no_grad()
+    @pytest.mark.parametrize("gate", [None, SharedGate(2)], ids=["own gates", "one module for all sites"])
+    def test_a_state_dict_gathered_from_shards_is_saved_instead_of_the_shards(self, gate, tmp_path):
+        """As the Trainer passes it under FSDP, where no process holds a whole parameter."""
+        model = adapters("a", "b")
+        router = model.attach_router(gate, config=RouterConfig(scope="block"))
+        gathered = {key: torch.full_like(value, 0.25) for key, value in model.state_dict().items()}
+        model.save_pretrained(tmp_path, state_dict=gathered)
+        model.detach_router()
+        loaded = model.load_router(tmp_path, gate=gate)
+        assert list(loaded.state_dict()) == list(router.state_dict())
+        assert all((parameter == 0.25).all() for parameter in loaded.parameters())
+
+    def test_a_state_dict_without_the_router_does_not_leave_it_out(self, tmp_path):
+        model = adapters("a", "b")
+        router = model.attach_router(RouterConfig(scope="block"))
+        model.save_pretrained(tmp_path, state_dict={k: v for k, v in model.state_dict().items() if "lora_" in k})
+        saved = load_file(tmp_path / "router_model.safetensors")
+        assert saved.keys() == router.state_dict().keys()
+
     def test_a_saved_adapter_does_not_hold_the_router(self, tmp_path):
         model = adapters("a", "b")
         model.attach_router(RouterConfig())

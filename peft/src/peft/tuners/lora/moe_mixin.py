@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, Optional, Union
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_model, save_file, save_model
+from safetensors.torch import load_model, save_file
 from torch import nn
 
 from .moe_context import RoutingContext, RoutingPort, is_encoder_decoder
@@ -191,14 +191,28 @@ class RoutedLoraMixin:
         finally:
             context.records = None
 
-    def save_router(self, save_directory: str) -> None:
-        """Write the attached router: `router_config.json` and `router_model.safetensors`, each whole or not at all."""
+    def save_router(self, save_directory: str, state_dict: Optional[dict[str, torch.Tensor]] = None) -> None:
+        """Write the attached router: `router_config.json` and `router_model.safetensors`, each whole or not at all.
+
+        Args:
+            state_dict: the model's, gathered, where its parameters are sharded.
+        """
         router = self._router_of()
         if router is None:
             raise ValueError("No router is attached, so there is none to save.")
+        gathered = {
+            key.rpartition(f"{ROUTER_ATTRIBUTE}.")[2]: value
+            for key, value in (state_dict or {}).items()
+            if f"{ROUTER_ATTRIBUTE}." in key
+        }
+        # A module that serves all sites has a name for each; its tensors are written once.
+        names = {name for name, _ in (*router.named_parameters(), *router.named_buffers())}
+        tensors = {
+            name: value.contiguous() for name, value in (gathered or router.state_dict()).items() if name in names
+        }
         os.makedirs(save_directory, exist_ok=True)
         weights_path = os.path.join(save_directory, ROUTER_WEIGHTS_NAME)
-        save_model(router, weights_path + ".partial")
+        save_file(tensors, weights_path + ".partial", metadata={"format": "pt"})
         os.replace(weights_path + ".partial", weights_path)
         config_path = os.path.join(save_directory, ROUTER_CONFIG_NAME)
         with open(config_path + ".partial", "w") as file:
@@ -472,10 +486,12 @@ def without_experts_of_mixtures(peft_config: dict[str, Any]) -> list[str]:
     return [name for name in peft_config if name not in owned]
 
 
-def save_router_of_adapters(model: nn.Module, save_directory: str) -> None:
+def save_router_of_adapters(
+    model: nn.Module, save_directory: str, state_dict: Optional[dict[str, torch.Tensor]]
+) -> None:
     """Write a router that was attached to adapters next to them; a mixture holds its router in its own file."""
     tuner = getattr(model, "base_model", None)
     if not isinstance(tuner, RoutedLoraMixin) or tuner._router_of() is None:
         return
     if not any(hasattr(config, "expert_names") for config in model.peft_config.values()):
-        tuner.save_router(save_directory)
+        tuner.save_router(save_directory, state_dict)
