@@ -209,6 +209,13 @@ class TestAgainstTheModel:
             model(input_ids=tokens(1, 4))
         assert {measured["tokens"] for measured in model.routing_summary().values()} == {4}
 
+    def test_a_forward_that_raises_leaves_no_summary_of_the_one_before(self):
+        model = tiny_mixture()
+        model(input_ids=tokens(2, 6))
+        with pytest.raises(IndexError):
+            model(input_ids=tokens(2, 6) + 1000)  # no such tokens
+        assert model.routing_summary() == {}
+
     def test_the_summary_before_any_forward_is_empty(self):
         assert tiny_mixture("llama").routing_summary() == {}
 

@@ -74,11 +74,13 @@ def rows(logits):
 
 
 class TestSelection:
+    # From 32 tokens on, and up to 16 experts, the softmax runs along the tokens on a CPU.
+    @pytest.mark.parametrize("shape", [(2, 5, 4), (2, 20, 4), (2, 20, 17)], ids=str)
     @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-    def test_dense_is_the_softmax_of_each_token(self, temperature):
-        logits = scores(2, 5, 4)
+    def test_dense_is_the_softmax_of_each_token(self, temperature, shape):
+        logits = scores(*shape)
         routing = select_experts(logits, selection="dense", temperature=temperature)
-        expected = torch.tensor([softmax_of_row(row, temperature) for row in rows(logits)]).reshape(2, 5, 4)
+        expected = torch.tensor([softmax_of_row(row, temperature) for row in rows(logits)]).reshape(shape)
         torch.testing.assert_close(routing.weights.float(), expected)
 
     @pytest.mark.parametrize("top_k", [1, 2, 3, 4])
