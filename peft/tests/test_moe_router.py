@@ -455,6 +455,16 @@ class TestSites:
         for weights in asked.values():
             assert torch.equal(weights, recorded["model.layers.1"][0])
 
+    def test_a_block_knows_its_own_weights_alone(self):
+        """What a checkpointed block takes and keeps, and what a deep model would otherwise add up to."""
+        model = adapters("a", "b", "c")
+        model.attach_router(RouterConfig(scope="block"))
+        context, known = model.base_model._routing_context(), []
+        for block in model.base_model.model.model.layers:
+            block.mlp.register_forward_pre_hook(lambda *args: known.append(list(context.frame.weights)))
+        model(input_ids=tokens(2, 6))
+        assert known == [["model.layers.0"], ["model.layers.1"]]
+
     def test_a_block_that_does_not_exist_is_refused(self):
         model = adapters("a", "b")
         with pytest.raises(ValueError, match="block is 7, but 'model.layers' has blocks 0 to 1"):
@@ -1056,6 +1066,7 @@ class TestTwoPass:
         ids = tokens(2, 6)
         with torch.no_grad():
             expected = model(input_ids=ids).logits
+            assert not torch.equal(expected, tiny_base("llama")(input_ids=ids).logits)
             handle = model.base_model.model.model.norm.register_forward_hook(fail)
             with pytest.raises(RuntimeError, match="made to fail"):
                 model(input_ids=ids)
