@@ -537,6 +537,12 @@ class TestAddAndDelete:
         with pytest.raises(ValueError, match=r"A trained adapter keeps its own config; drop \['r'\]"):
             from_trained(base_folder, {"math": trained["math"]}).add_expert("code", trained["code"], r=8)
 
+    def test_a_router_that_does_not_train_gets_no_gate_that_does(self):
+        model = tiny_mixture(target_modules=["q_proj"])
+        router = model.base_model.moe_router.requires_grad_(False)
+        model.add_expert("newcomer", target_modules=["v_proj"])
+        assert len(router.gates) == 4 and not any(parameter.requires_grad for parameter in router.parameters())
+
     def test_an_unknown_expert_is_not_deleted(self):
         with pytest.raises(ValueError, match="There is no expert 'x'; the experts are"):
             tiny_mixture().delete_expert("x")
