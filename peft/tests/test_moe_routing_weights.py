@@ -40,6 +40,7 @@ from peft import (
 )
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.moe_router import RouterConfig
+from peft.utils.hotswap import hotswap_adapter
 
 
 # Strong enough that each expert speaks other tokens than the base model does.
@@ -268,6 +269,19 @@ class TestKindsOfModels:
             routed = model(ids, routing_weights=weights).logits
         # bf16 keeps 8 bits; logits of order one after two blocks
         torch.testing.assert_close(routed.float(), expected, rtol=0, atol=5e-2)
+
+
+class TestHotswap:
+    @torch.no_grad()
+    def test_a_routed_call_after_a_swap_runs_by_the_swapped_weights(self, tmp_path):
+        experts = {name: {"r": 2, "lora_alpha": 4} for name in ("one", "two")}
+        model, ids, weights = mixture("llama", experts), tokens(2, 7), torch.tensor([0.3, 0.9])
+        model(ids, routing_weights=weights)  # stacks the experts, and the layers keep the stacks
+        model.save_pretrained(tmp_path, selected_adapters=["two"])
+        hotswap_adapter(model, tmp_path / "two", adapter_name="one")  # writes through .data, in place
+        with looped(model, weights):
+            expected = model(ids).logits
+        torch.testing.assert_close(model(ids, routing_weights=weights).logits, expected, **TOLERANCE["llama"])
 
 
 def tiny_t5():
