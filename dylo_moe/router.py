@@ -12,7 +12,7 @@ Shape letters: T any number of leading dimensions (tokens), E experts.
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from peft.tuners.lora.moe_router import Router, gate_key
+from peft.tuners.lora.moe_router import Router, gate_key, site_of
 from torch import Tensor
 
 
@@ -79,7 +79,7 @@ class DynamicHybridRouter:
     @property
     def sites(self) -> list[str]:
         """The places that decide, in the order of the model: layers, blocks, or one for the whole model."""
-        return [key.replace("/", ".") for key in self.attached.gates]
+        return [site_of(key) for key in self.attached.gates]
 
     @property
     def num_experts(self) -> int:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.lora.moe_router import Router, gate_key
+from peft.tuners.lora.moe_router import Router, gate_key, site_of
 from torch import Tensor, nn
 
 from moe_ext.router_study.gates import Gates, Overrule, Routing
@@ -32,7 +32,7 @@ class LoraGates(Gates):
         self.model, self.router = model, router
         keys = list(router.gates)
         self.keys = [keys[place] for place in self._check_layers(layers, len(keys))]
-        self.names = [key.replace("/", ".") for key in self.keys]
+        self.names = [site_of(key) for key in self.keys]
         self.labels = _short_names(self.names)
         self.num_experts = len(router.expert_names)
         self._place_of = {gate_key(name): place for place, name in enumerate(self.names)}

@@ -25,6 +25,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from peft.tuners.lora import moe_context
 from peft.tuners.lora.moe_losses import CarryLoss, gate_statistics, router_losses, summarize
+from peft.tuners.lora.moe_router import site_of
 from peft.tuners.lora.moe_selection import select_experts
 
 
@@ -159,7 +160,7 @@ class TestAgainstTheModel:
         model = tiny_mixture(family, scope, top_k=2)
         seen = {}
         for key, gate in model.base_model.moe_router.gates.items():
-            gate.register_forward_hook(lambda m, args, output, key=key: seen.update({key.replace("/", "."): output}))
+            gate.register_forward_hook(lambda m, args, output, key=key: seen.update({site_of(key): output}))
         ids = tokens(2, 7)
         mask = torch.ones_like(ids)
         mask[1, 4:] = 0

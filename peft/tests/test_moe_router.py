@@ -34,7 +34,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaModel, T5Config, T5ForConditionalGeneration
 
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora.moe_router import Gate, RouterConfig
+from peft.tuners.lora.moe_router import Gate, RouterConfig, site_of
 from peft.tuners.lora.moe_selection import select_experts
 
 
@@ -160,10 +160,12 @@ class TestRouterConfig:
             ({"selection": "dense", "top_k": 2}, "top_k=2 is not used by selection='dense'"),
             ({"top_k": 2, "top_p": 0.5}, "top_p=0.5 is not used by selection='top_k'"),
             ({"top_k": 0}, "top_k is 0, but must be at least 1"),
+            ({"top_k": 2.5}, "top_k is 2.5, but must be at least 1, a whole number"),
             ({"top_p": 0.0}, r"top_p is 0.0, but must lie in \(0, 1\]"),
             ({"top_p": 1.5}, r"top_p is 1.5, but must lie in \(0, 1\]"),
             ({"temperature": 0.0}, "temperature is 0.0, but must be positive"),
             ({"temperature": float("nan")}, "temperature is nan, but must be positive"),
+            ({"temperature": float("inf")}, "temperature is inf, but must be positive and finite"),
             ({"jitter": 1.0}, r"jitter is 1.0, but must lie in \[0, 1\)"),
             ({"jitter": -0.1}, r"jitter is -0.1, but must lie in \[0, 1\)"),
             ({"block": 1}, "block=1 is only used by scope='model', not by scope='layer'"),
@@ -435,6 +437,7 @@ class TestSites:
         router = model.attach_router(RouterConfig())
         model(torch.rand(2, 3, 4))
         assert sorted(router.gates) == ["keys/", "values/"]
+        assert [site_of(key) for key in sorted(router.gates)] == ["keys", "values"]
         assert sorted(model.routing_summary()) == ["keys", "values"]
 
     def test_all_layers_of_a_block_share_its_weights(self):
@@ -1020,6 +1023,17 @@ class TestSavedRouters:
         file.write_bytes(file.read_bytes()[:-50])
         model.detach_router()
         with pytest.raises(ValueError, match="its file is damaged"):
+            model.load_router(tmp_path)
+        model.attach_router(RouterConfig())
+
+    @pytest.mark.parametrize("text", ["", '{"router": {}}', '{"router": {"newer": 1}, "expert_names": ["a", "b"]}'])
+    def test_a_damaged_config_is_refused_and_leaves_no_router(self, tmp_path, text):
+        model = adapters("a", "b")
+        model.attach_router(RouterConfig())
+        model.save_router(tmp_path)
+        (tmp_path / "router_config.json").write_text(text)
+        model.detach_router()
+        with pytest.raises(ValueError, match="router_config.json in .* is damaged, or was written by another version"):
             model.load_router(tmp_path)
         model.attach_router(RouterConfig())
 

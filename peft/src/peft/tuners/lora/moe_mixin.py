@@ -228,9 +228,16 @@ class RoutedLoraMixin:
         for name in (ROUTER_CONFIG_NAME, ROUTER_WEIGHTS_NAME):
             if not os.path.isfile(os.path.join(directory, name)):
                 raise ValueError(f"'{directory}' holds no {name}; pass a folder that save_router wrote.")
-        with open(os.path.join(directory, ROUTER_CONFIG_NAME)) as file:
-            saved = json.load(file)
-        router = self._attach(gate, RouterConfig(**saved["router"]), saved["expert_names"], initialise=False)
+        try:
+            with open(os.path.join(directory, ROUTER_CONFIG_NAME)) as file:
+                saved = json.load(file)
+            config, experts = RouterConfig(**saved["router"]), saved["expert_names"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{ROUTER_CONFIG_NAME} in '{directory}' is damaged, or was written by another version: {error!r}. Save "
+                "the router again."
+            ) from error
+        router = self._attach(gate, config, experts, initialise=False)
         try:
             load_model(router, os.path.join(directory, ROUTER_WEIGHTS_NAME))
         except (RuntimeError, SafetensorError) as error:
@@ -440,58 +447,3 @@ class GenerationWeights(NamedTuple):
     """Explicit weights for `generate`: their rows are repeated as often as it repeats its inputs."""
 
     weights: torch.Tensor
-
-
-def routing_weights_for_generate(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Check `routing_weights` passed to `generate` and let them follow beams and returned sequences.
-
-    Raises:
-        ValueError: per-token weights, or a batch other than that of the inputs.
-    """
-    weights = kwargs.get("routing_weights")
-    if weights is None:
-        return kwargs
-    check_supports_routing(model)
-    if isinstance(weights, torch.Tensor) and weights.dim() == 3:
-        raise ValueError(
-            f"generate got per-token routing_weights of shape {tuple(weights.shape)}, but the tokens it generates "
-            "would have none. Pass [num_experts] or [batch, num_experts], or attach a router."
-        )
-    inputs = args[0] if args else next((kwargs[k] for k in INPUT_NAMES if kwargs.get(k) is not None), None)
-    if isinstance(weights, torch.Tensor) and weights.dim() == 2 and isinstance(inputs, torch.Tensor):
-        if len(weights) != len(inputs):
-            raise ValueError(
-                f"routing_weights has {len(weights)} rows but the batch has {len(inputs)} sequences; pass one row for "
-                "each sequence (they are repeated over beams)."
-            )
-    return {**kwargs, "routing_weights": GenerationWeights(weights)}
-
-
-INPUT_NAMES = ("inputs", "input_ids", "inputs_embeds", "input_features")
-
-
-def check_supports_routing(model: nn.Module) -> None:
-    """Raise a `ValueError` if the adapters of a `PeftModel` cannot take `routing_weights`."""
-    if not isinstance(getattr(model, "base_model", None), RoutedLoraMixin):
-        kind = getattr(model, "peft_type", None) or type(model).__name__
-        raise ValueError(  # noqa: TRY004 as the other arguments that a PEFT method does not support
-            f"routing_weights needs a PeftModel with LoRA adapters, but this model's adapters are of type {kind}. "
-            "Remove the argument or use LoRA."
-        )
-
-
-def without_experts_of_mixtures(peft_config: dict[str, Any]) -> list[str]:
-    """The adapters that `save_pretrained` writes: a mixture holds its experts, so they get no folders of their own."""
-    owned = {name for config in peft_config.values() for name in getattr(config, "expert_names", ())}
-    return [name for name in peft_config if name not in owned]
-
-
-def save_router_of_adapters(
-    model: nn.Module, save_directory: str, state_dict: Optional[dict[str, torch.Tensor]]
-) -> None:
-    """Write a router that was attached to adapters next to them; a mixture holds its router in its own file."""
-    tuner = getattr(model, "base_model", None)
-    if not isinstance(tuner, RoutedLoraMixin) or tuner._router_of() is None:
-        return
-    if not any(hasattr(config, "expert_names") for config in model.peft_config.values()):
-        tuner.save_router(save_directory, state_dict)

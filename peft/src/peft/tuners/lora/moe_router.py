@@ -19,6 +19,7 @@ states grow over the depth of a model by orders of magnitude; the scores then de
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Literal, Optional, Union
@@ -87,12 +88,12 @@ class RouterConfig:
             raise ValueError(f"top_k={self.top_k} is not used by selection='{self.selection}'. Drop one of the two.")
         if self.top_p is not None and self.selection != "top_p":
             raise ValueError(f"top_p={self.top_p} is not used by selection='{self.selection}'. Drop one of the two.")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k is {self.top_k}, but must be at least 1.")
+        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
+            raise ValueError(f"top_k is {self.top_k}, but must be at least 1, a whole number.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}, but must lie in (0, 1].")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature is {self.temperature}, but must be positive.")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature is {self.temperature}, but must be positive and finite.")
         if not 0 <= self.jitter < 1:
             raise ValueError(f"jitter is {self.jitter}, but must lie in [0, 1).")
         if self.block is not None and self.scope != "model":
@@ -306,3 +307,8 @@ def gate_key(site: str) -> str:
     `model.layers.0` becomes `model/layers/0`, and `keys` becomes `keys/`.
     """
     return f"{site}/" if hasattr(nn.ModuleDict, site) else site.replace(".", "/")
+
+
+def site_of(key: str) -> str:
+    """The site whose gate has this name: `model.layers.0` for `model/layers/0`."""
+    return key.removesuffix("/").replace("/", ".")
