@@ -65,7 +65,9 @@ def test_training_starts_from_the_backbones_own_prediction():
     model = MultiTokenMoE(backbone, MultiTokenConfig(num_heads=3))
     tokens = torch.randint(3, 40, (2, 7))
     own = backbone(tokens).logits
-    first = state = model.states(tokens, torch.ones_like(tokens))
+    mask = torch.ones_like(tokens)
+    first, _ = model.first_states(model.states(tokens, mask), torch.nn.functional.pad(tokens, (0, 1)), mask)
+    state = first
     for place in range(3):
         state = model.heads.step(place, first, state, model.embed(tokens))
         logits = model.heads.logits(place, state, model.lm_head)
