@@ -4,7 +4,7 @@ Head after head: the router lets it speak with the probability sigmoid(r_j), or 
 draws its token from softmax(logits_j), and OFF ends the window as well. The backbone's own token, which opens each
 window, is no choice of the policy.
 
-Shape letters: N windows, D hidden size, H heads, C = V + 1 classes (OFF last).
+Shape letters: N windows, D hidden size, H heads, C classes that heads choose among (vocabulary.py; OFF last).
 """
 
 from dataclasses import dataclass
@@ -71,14 +71,15 @@ def act(model: MultiTokenMoE, state_1D: Tensor, first_1: Tensor, *, greedy: bool
     first_1D = state_1D = state_1D.to(model.device, model.dtype)
     speak_H = torch.sigmoid(model.router(state_1D))[0]
     spoken = [SILENT] * model.config.num_heads
-    token_1 = first_1
+    token_1, vocabulary = first_1, model.vocabulary()
     for place in range(model.config.num_heads):
         threshold = 0.5 if greedy else float(torch.rand(()))
         if not float(speak_H[place]) > threshold:
             break
         state_1D = model.heads.step(place, first_1D, state_1D, model.embed(token_1))
-        logits_1C = model.heads.logits(place, state_1D, model.lm_head)
-        token_1 = logits_1C.argmax(dim=-1) if greedy else torch.multinomial(logits_1C.softmax(dim=-1), 1)[:, 0]
+        logits_1C = model.heads.logits(place, state_1D, vocabulary.score)
+        class_1 = logits_1C.argmax(dim=-1) if greedy else torch.multinomial(logits_1C.softmax(dim=-1), 1)[:, 0]
+        token_1 = vocabulary.token_C[class_1]
         spoken[place] = int(token_1)
         if spoken[place] == model.off_id:
             break
@@ -93,16 +94,17 @@ def judge(model: MultiTokenMoE, windows: Windows) -> Decisions:
     # The router is asked about a head where all before it spoke and none was OFF.
     open_NH = (spoke_NH & ~ended_NH).long()
     asked_NH = torch.cat([torch.ones_like(open_NH[:, :1]), open_NH[:, :-1]], dim=1).cumprod(dim=1).bool()
-    tokens = []
+    tokens, vocabulary = [], model.vocabulary()
     state_ND, token_N = windows.state_ND, windows.first_N
     for place in range(model.config.num_heads):
         state_ND = model.heads.step(place, windows.state_ND, state_ND, model.embed(token_N))
-        tokens.append(model.heads.logits(place, state_ND, model.lm_head).log_softmax(dim=-1))
+        tokens.append(model.heads.logits(place, state_ND, vocabulary.score).log_softmax(dim=-1))
         said_N = windows.spoken_NH[:, place]
         token_N = torch.where(spoke_NH[:, place] & ~ended_NH[:, place], said_N, 0)
     tokens_NHC = torch.stack(tokens, dim=1)
     log_speak_NH = torch.where(spoke_NH, logsigmoid(speak_NH), logsigmoid(-speak_NH))
-    log_said_NH = tokens_NHC.gather(-1, windows.spoken_NH.clamp(min=0)[..., None])[..., 0]
+    class_NH = vocabulary.classes(windows.spoken_NH).clamp(min=0)  # of a head that was silent any: it does not count
+    log_said_NH = tokens_NHC.gather(-1, class_NH[..., None])[..., 0]
     chance_NH = torch.sigmoid(speak_NH)
     entropy_speak_NH = -chance_NH * logsigmoid(speak_NH) - (1 - chance_NH) * logsigmoid(-speak_NH)
     entropy_said_NH = -(tokens_NHC.exp() * tokens_NHC).sum(dim=-1)

@@ -14,7 +14,7 @@ CLASSES = 6
 END = 1
 
 
-def tiny_model(num_heads: int = 2) -> MultiTokenMoE:
+def tiny_model(num_heads: int = 2, **settings) -> MultiTokenMoE:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=CLASSES,
@@ -29,7 +29,7 @@ def tiny_model(num_heads: int = 2) -> MultiTokenMoE:
         initializer_range=0.5,
     )
     backbone = LlamaForCausalLM(config).eval()
-    return MultiTokenMoE(backbone, MultiTokenConfig(num_heads=num_heads))
+    return MultiTokenMoE(backbone, MultiTokenConfig(num_heads=num_heads, **settings))
 
 
 def own_tokens(model, prompt, count):
@@ -103,6 +103,19 @@ def test_probabilities_of_all_that_can_happen_in_a_window_add_up_to_one():
     torch.testing.assert_close(total, torch.tensor(1.0))
 
 
+def test_heads_with_a_vocabulary_of_their_own_say_nothing_beyond_it():
+    model = make_tiny_policy(draft_vocabulary=2)
+    model.draft_only(torch.tensor([2, 4]))
+    state, first = torch.randn(1, 16), torch.tensor([3])
+    torch.manual_seed(0)
+    drawn = {tuple(act(model, state, first).spoken_NH[0].tolist()) for _ in range(200)}
+    every = [(SILENT, SILENT), *((said, SILENT) for said in (2, 4, CLASSES))]
+    every += itertools.product((2, 4), (2, 4, CLASSES))
+    assert drawn <= set(every)
+    windows = Windows(state.repeat(len(every), 1), first.repeat(len(every)), torch.tensor(every))
+    torch.testing.assert_close(judge(model, windows).log_prob_N.exp().sum(), torch.tensor(1.0))
+
+
 def test_what_is_drawn_has_the_probability_that_is_judged():
     model = make_tiny_policy()
     state, first = torch.randn(1, 16), torch.tensor([3])
@@ -122,8 +135,8 @@ def test_a_policy_does_not_diverge_from_itself_and_does_from_another():
     assert float(divergence(own, theirs)) > 0
 
 
-def make_tiny_policy(seed: int = 1) -> MultiTokenMoE:
-    model = tiny_model()
+def make_tiny_policy(seed: int = 1, **settings) -> MultiTokenMoE:
+    model = tiny_model(**settings)
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
