@@ -107,8 +107,6 @@ def train_ppo(model: MultiTokenMoE, tasks: Sequence[Task], settings: PPOSettings
         The mean parts of the reward, and `reward`, over the last round.
     """
     model.requires_grad_(True)
-    if model.heads.prefix is not None:
-        model.heads.prefix.requires_grad_(False)
     reference = MultiTokenMoE(model.backbone, model.config).to(model.device).requires_grad_(False)
     reference.load_state_dict(model.state_dict())
     value = nn.Linear(model.router.layers[1].in_features, 1).to(model.device)
