@@ -35,7 +35,8 @@ class TrainOptions:
     )
     length: int = field(default=256, metadata={"help": "Tokens of a row; longer pairs are cut."})
     prompt_length: int = field(
-        default=64, metadata={"help": "With self_distill: most tokens of a row that are given, the rest is written."}
+        default=64,
+        metadata={"help": "In self_distill and stage 3: most tokens of a row that are given, the rest is written."},
     )
     max_rows: int | None = field(default=None, metadata={"help": "Train on a random choice of so many rows."})
     head_width: int = field(default=4, metadata={"help": "Inner layer of a head, in multiples of the hidden size."})
@@ -76,10 +77,10 @@ class TrainOptions:
                 f"ppo_steps is {self.ppo_steps} and stage2_epochs is 0, but PPO starts from the router of stage 2. "
                 "Give stage2_epochs, or leave ppo_steps out."
             )
-        if self.self_distill and self.prompt_length >= self.length:
+        if (self.self_distill or self.ppo_steps > 0) and self.prompt_length >= self.length:
             raise ValueError(
                 f"prompt_length is {self.prompt_length}, but must be below length ({self.length}): what lies between "
-                "is written by the backbone."
+                "is written, by the backbone in self_distill and as the answer in stage 3."
             )
         self.model_config()
 

@@ -183,6 +183,7 @@ def test_copies_can_be_left_out_of_inference(trained, caplog, monkeypatch):
         ({"lr": 0}, "lr is 0.0"),
         ({"quant": "2bit"}, "invalid choice"),
         ({"self_distill": True, "prompt_length": 48}, r"prompt_length is 48, but must be below length \(48\)"),
+        ({"ppo_steps": 1, "prompt_length": 64}, r"prompt_length is 64, but must be below length \(48\)"),
         ({"head": 2}, "Unknown option --head=2. Closest: --heads"),
         ({"data": None}, "--data"),
     ],
