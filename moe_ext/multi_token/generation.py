@@ -123,7 +123,8 @@ def generate(
         settings: whatever `generate` of transformers takes for greedy decoding or sampling.
 
     Raises:
-        ValueError: beams, scores or attentions are asked for, or the cache cannot forget single tokens.
+        ValueError: beams, scores or attentions are asked for, the cache cannot forget single tokens, or `fast` is to
+            do without heads.
     """
     criteria = StoppingCriteriaList(settings.pop("stopping_criteria", None) or [])
     if stop_strings:
@@ -134,6 +135,11 @@ def generate(
     if sources is None:
         sources = ALL_SOURCES if mode == "lossless" else ("heads",)
     if plan is None:
+        if mode == "fast" and "heads" not in sources:
+            raise ValueError(
+                f"mode is fast and sources is {', '.join(sources)}, but what is taken unread are drafts of heads. Add "
+                "heads, or give a plan for the copies."
+            )
         plan = Planner(costs_of(model, sources, batch_size=len(input_ids))) if mode == "lossless" else OpenGates()
     loop = DecodingLoop(sources_of(model, sources), plan, verified=mode == "lossless", streamer=streamer)
     where = model.backbone_device

@@ -360,6 +360,12 @@ def test_a_state_that_runs_through_the_text_is_refused():
         generate(model, **whole_mask(prompts(1)), max_new_tokens=4, do_sample=False, plan=FixedPlan(1))
 
 
+def test_unread_drafts_without_heads_are_refused():
+    model, given = make_model(), whole_mask(prompts(1))
+    with pytest.raises(ValueError, match="mode is fast and sources is copies.*Add heads"):
+        generate(model, **given, max_new_tokens=4, do_sample=False, mode="fast", sources=["copies"])
+
+
 def test_stop_strings_need_a_tokenizer():
     model, given = make_model(), whole_mask(prompts(1))
     with pytest.raises(ValueError, match="Pass tokenizer as well"):
