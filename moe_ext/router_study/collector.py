@@ -106,8 +106,8 @@ class ActivationCollector:
         Args:
             rows: the text, by domain.
             batch_size: rows of a forward pass.
-            resume_folder: where the state is kept every minute and when the run is broken off; where it is there
-                already, the run that wrote it goes on.
+            resume_folder: where the state is kept every minute and, between two batches, when the run is broken off;
+                where it is there already, the run that wrote it goes on.
             save_logits: write the raw scores there too, `logits-00000.safetensors` and on, one file a batch.
 
         Raises:
@@ -157,6 +157,7 @@ class _Run:
         self.sample_tokens = max(1, collector.sample_mb * MEBIBYTE // token_bytes // len(rows))
         self.sampled = [0] * len(rows)
         self.done = 0
+        self.counting = False
 
     def _check_size(self, counts_mb: int, parts: int) -> None:
         L, E = len(self.gates), self.gates.num_experts
@@ -176,12 +177,13 @@ class _Run:
                 bar.update(sum(int(mask_BS.sum()) for _, _, _, mask_BS in self.batches[: self.done]))
                 while self.done < len(self.batches):
                     bar.update(self._read(*self.batches[self.done]))
-                    self.done += 1
                     if time.monotonic() - saved > SAVE_SECONDS:
                         self._save()
                         saved = time.monotonic()
         finally:
-            self._save()  # at the end as well: what follows can be broken off too
+            # At the end as well: what follows can be broken off too. A batch that is half counted is never kept.
+            if not self.counting:
+                self._save()
         counts, vocabulary = self.counts.to("cpu"), VocabularyCounts(self.vocabulary.table_3LVE.cpu())
         return Activations(self.domains, self.num_groups, self.gates, counts, vocabulary, Sample.joined(self.sample))
 
@@ -191,6 +193,7 @@ class _Run:
         logits_BSV, routing = self.wrapper.run(ids_BS, mask_BS)
         predicted_BS = predictions(logits_BSV)
         part_B = domain * self.num_groups + (start + torch.arange(len(ids_BS), device=device)) % self.num_groups
+        self.counting = True
         self.counts.add(routing, mask_BS, part_B)
         self.vocabulary.add(routing.first_LT, ids_BS, predicted_BS, mask_BS)
         if self.save_logits:
@@ -199,6 +202,8 @@ class _Run:
         if self.sampled[domain] < self.sample_tokens:
             self.sample.append(_kept(routing, ids_BS, predicted_BS, mask_BS, part_B))
             self.sampled[domain] += num_tokens
+        self.done += 1
+        self.counting = False
         return num_tokens
 
     def _write_logits(self, routing: Routing, ids_BS: Tensor, mask_BS: Tensor, domain: int, start: int) -> None:

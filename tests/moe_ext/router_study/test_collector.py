@@ -10,6 +10,7 @@ from moe_ext.router_study.collector import forget
 from moe_ext.router_study.data import TokenRows
 from moe_ext.router_study.metrics.coactivation import correlation_of_masks
 from moe_ext.router_study.totals import totals_of
+from moe_ext.router_study.vocabulary_counts import VocabularyCounts
 
 
 def rows_of(num_rows, num_tokens=16, *, seed=0):
@@ -82,6 +83,25 @@ def test_a_run_that_was_broken_off_goes_on_and_ends_the_same(wrapper, text, tmp_
     assert_same(expected, found)
     forget(tmp_path / "kept")
     assert not (tmp_path / "kept").exists()
+
+
+def test_a_batch_that_was_half_counted_is_counted_once(wrapper, text, tmp_path, monkeypatch):
+    monkeypatch.setattr("moe_ext.router_study.collector.SAVE_SECONDS", 0)
+    collector = ActivationCollector(wrapper, num_groups=4)
+    expected = collector.collect_router_activations(text, batch_size=2)
+    add, batches = VocabularyCounts.add, []
+
+    def breaks_off(counts, *batch):
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+        batches.append(batch)
+        add(counts, *batch)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(VocabularyCounts, "add", breaks_off)
+        with pytest.raises(KeyboardInterrupt):
+            collector.collect_router_activations(text, batch_size=2, resume_folder=tmp_path / "kept")
+    assert_same(expected, collector.collect_router_activations(text, batch_size=2, resume_folder=tmp_path / "kept"))
 
 
 @pytest.mark.parametrize(("changed", "named"), [("text", "text"), ("weights", "weights"), ("groups", "groups")])
