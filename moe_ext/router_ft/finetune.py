@@ -87,8 +87,8 @@ def finetune_routers(
         config: the objective and the optimiser.
         teacher: the model in full precision, for the objectives that compare with it.
         seed: of the order of the blocks.
-        checkpoint: a file that is written every five minutes and when the run is broken off; where it is there
-            already, the run that wrote it is continued, and it is deleted in the end.
+        checkpoint: a file that is written every five minutes and, between two steps, when the run is broken off;
+            where it is there already, the run that wrote it is continued, and it is deleted in the end.
 
     Raises:
         ValueError: too few blocks, no teacher where one is needed, a checkpoint of another run.
@@ -110,7 +110,9 @@ def finetune_routers(
         parameter.requires_grad_(True)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    run = _Run(model, routers, objective, config, text_NL, probe_NL, seed, Path(checkpoint) if checkpoint else None)
+    weights = zlib.crc32(repr(sorted(others.items())).encode())
+    place = Path(checkpoint) if checkpoint else None
+    run = _Run(model, routers, objective, config, text_NL, probe_NL, seed, weights, place)
     try:
         report = run.to_the_end(original)
     finally:
@@ -136,10 +138,12 @@ def finetune_routers(
 class _Run:
     """The optimiser steps, and what a broken run needs to go on."""
 
-    def __init__(self, model, routers, objective, config, text_NL, probe_NL, seed, checkpoint):
+    def __init__(self, model, routers, objective, config, text_NL, probe_NL, seed, weights, checkpoint):
         self.model, self.objective, self.config = model, objective, config
         self.routers: dict[str, nn.Parameter] = routers
         self.text_NL, self.probe_NL, self.seed, self.checkpoint = text_NL, probe_NL, seed, checkpoint
+        self.weights = weights  # a checksum of all that is not trained
+        self.stepping = False
         self.masters = {name: parameter.detach().float().clone() for name, parameter in routers.items()}
         self.optimizer = torch.optim.AdamW(self.masters.values(), lr=config.lr, weight_decay=config.weight_decay)
         self.steps_per_epoch = len(text_NL) // config.batch_size
@@ -157,7 +161,6 @@ class _Run:
             with tqdm(total=total, initial=self.state["step"], desc="finetuning routers", unit="step") as bar:
                 while self.state["step"] < total:
                     loss = self._step(total)
-                    self.state["step"] += 1
                     self.state["seconds"] = before + time.monotonic() - started
                     bar.update()
                     bar.set_postfix(loss=f"{loss:.4f}")
@@ -165,7 +168,8 @@ class _Run:
                         self._save()
                         saved = time.monotonic()
         except BaseException:
-            self._save()
+            if not self.stepping:  # half a step is never kept
+                self._save()
             raise
         loss_after = self._measure()
         if self.checkpoint:
@@ -192,8 +196,11 @@ class _Run:
             # None where no chosen expert depends on this router, as in a layer that routes nothing.
             self.masters[name].grad = None if parameter.grad is None else parameter.grad.float()
             parameter.grad = None
+        self.stepping = True
         self.optimizer.step()
         self._write_routers()
+        self.state["step"] += 1
+        self.stepping = False
         return loss.item()
 
     def _batch(self, step: int) -> Tensor:
@@ -216,7 +223,8 @@ class _Run:
         return tokens_BL.to(next(iter(self.routers.values())).device)
 
     def _options(self) -> dict[str, Any]:
-        return {**asdict(self.config), "seed": self.seed, "text": zlib.crc32(self.text_NL.numpy().tobytes())}
+        text = zlib.crc32(self.text_NL.numpy().tobytes())
+        return {**asdict(self.config), "seed": self.seed, "text": text, "weights": self.weights}
 
     def _save(self) -> None:
         if self.checkpoint:

@@ -85,6 +85,41 @@ def test_a_run_that_is_broken_off_and_continued_ends_like_one_in_one_piece(damag
     assert not (tmp_path / "run.pt").exists()
 
 
+def test_half_a_step_is_not_kept(damaged, tmp_path, monkeypatch):
+    student, _ = damaged
+    config = FinetuneConfig(lr=1e-3)
+    again, parts = copy.deepcopy(student), copy.deepcopy(student)
+    finetune_routers(student, some_blocks(), config)
+    write, written = _Run._write_routers, []
+
+    def stop_at_four(run):
+        if len(written) == 4:
+            raise KeyboardInterrupt
+        written.append(run)
+        write(run)
+
+    with monkeypatch.context() as broken:
+        broken.setattr("moe_ext.router_ft.finetune.CHECKPOINT_SECONDS", 0)
+        broken.setattr(_Run, "_write_routers", stop_at_four)
+        with pytest.raises(KeyboardInterrupt):
+            finetune_routers(parts, some_blocks(), config, checkpoint=tmp_path / "run.pt")
+    finetune_routers(again, some_blocks(), config, checkpoint=tmp_path / "run.pt")
+    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), again.parameters(), strict=True))
+
+
+def test_a_checkpoint_of_another_model_is_refused(damaged, tmp_path, monkeypatch):
+    student, teacher = damaged
+
+    def stop(run, total):
+        raise RuntimeError
+
+    monkeypatch.setattr(_Run, "_step", stop)
+    with pytest.raises(RuntimeError):
+        finetune_routers(student, some_blocks(), FinetuneConfig(), checkpoint=tmp_path / "run.pt")
+    with pytest.raises(ValueError, match="another weights"):
+        finetune_routers(teacher, some_blocks(), FinetuneConfig(), checkpoint=tmp_path / "run.pt")
+
+
 def test_a_checkpoint_of_other_options_is_refused(damaged, tmp_path, monkeypatch):
     student, _ = damaged
 
