@@ -103,7 +103,8 @@ def alpha_table(model: PreTrainedModel, matrices: Iterable[Matrix], *, estimate:
         estimate: which of the three.
 
     Raises:
-        ValueError: a matrix with fewer than two eigenvalues above 1e-5, such as an expert of zeros.
+        ValueError: a matrix with fewer than two eigenvalues above 1e-5, such as an expert of zeros; one whose largest
+            eigenvalues are all alike.
     """
     rows = []
     for matrix in matrices:
@@ -114,6 +115,11 @@ def alpha_table(model: PreTrainedModel, matrices: Iterable[Matrix], *, estimate:
                 "for an exponent: the matrix is all but zero. Check the checkpoint."
             )
         alpha, xmin, num_tail = ESTIMATES[estimate](values)
+        if not math.isfinite(alpha):
+            raise ValueError(
+                f"{matrix.name} has no eigenvalue beyond {xmin:.4g}, where its tail begins ({len(values)} eigenvalues "
+                "in all), so it has no exponent. Check the checkpoint, or take another estimate."
+            )
         rows.append(AlphaRow(matrix.name, alpha, matrix.kind, xmin, num_tail, len(values)))
     return rows
 

@@ -91,6 +91,14 @@ def test_an_expert_of_zeros_is_named(model_of):
         alpha_table(model, find_matrices(model))
 
 
+def test_a_matrix_without_a_tail_is_named_before_a_table_is_written(model_of):
+    model = model_of("olmoe")
+    down = model.model.layers[1].mlp.experts.down_proj.data
+    down[2] = torch.eye(*down.shape[1:])
+    with pytest.raises(ValueError, match="experts.2.down_proj has no eigenvalue beyond 1,"):
+        alpha_table(model, find_matrices(model))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
