@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from foundation.data import Part
+from foundation.options import check_at_least
 from foundation.whole_files import whole_folder, write_json
 from moe_ext.gptq import BLOCK_SIZE, DAMP
 from moe_ext.moe_models import SMALL_MOE, load_moe
@@ -229,6 +230,9 @@ class EvaluateOptions:
     tasks_dir: str | None = field(default=None, metadata={"help": "Folder of task descriptions with their data."})
     limit: int | None = field(default=None, metadata={"help": "Documents of each task."})
     device: str = field(default_factory=default_device, metadata={"help": "Where to compute."})
+
+    def __post_init__(self):
+        check_at_least(self, max_blocks=1, limit=1)
 
 
 def run_evaluate(options: EvaluateOptions) -> str:

@@ -22,6 +22,8 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from foundation.data import Part
+from foundation.options import check_at_least
 from foundation.whole_files import write_json, write_text
 from moe_ext.moe_models import SMALL_MOE, load_moe
 from moe_ext.router_ft.allocation import allocate
@@ -46,13 +48,14 @@ ALLOCATED_FORMATS = ("MXFP8", "MXFP4", "INT4", "INT3", "INT2")
 class StudyOptions(CalibrationConfig, FinetuneConfig):
     model: str = field(default=SMALL_MOE, metadata={"help": MODEL_HELP})
     output: str = field(default="runs/router_ft", metadata={"help": "Folder of the results and the table."})
-    split: str = field(default="test", metadata={"help": "Split of the held-out text."})
+    split: Part = field(default="test", metadata={"help": "Split of the held-out text."})
     max_blocks: int = field(default=64, metadata={"help": "Held-out blocks of each source."})
     device: str = field(default_factory=default_device, metadata={"help": "Where to compute."})
 
     def __post_init__(self):
         CalibrationConfig.__post_init__(self)
         FinetuneConfig.__post_init__(self)
+        check_at_least(self, max_blocks=1)
 
     @staticmethod
     def names(text: str) -> list[str]:

@@ -120,7 +120,9 @@ def test_the_plan_says_what_it_costs_and_how_it_was_made(say, planned):
         ("finetune", {"checkpoint": "taken", "save": "x"}, "has no router_ft.json"),
         ("finetune", {"checkpoint": "cut", "save": "x", "lr": -1}, "lr is -1.0"),
         ("evaluate", {"checkpoint": "cut"}, "truncated or damaged"),
+        ("evaluate", {"checkpoint": "cut", "max_blocks": 0}, "max_blocks is 0, but must be at least 1"),
         ("run", {"plans": "INT9"}, "'INT9' is no plan"),
+        ("run", {"max_blocks": -1}, "max_blocks is -1, but must be at least 1"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(say, planned, step, options, message):
