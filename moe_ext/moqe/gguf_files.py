@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTra
 from foundation.whole_files import whole_file
 
 NEEDS_GGUF = "GGUF files are read and written by the package gguf, which is not installed: pip install '.[moqe]'"
-FULL = ("f16", "f32")
 NORMAL_TOKEN, CONTROL_TOKEN = 1, 3  # gguf's token types
 
 
@@ -154,10 +153,10 @@ def _add_tokenizer(writer, tokenizer: PreTrainedTokenizerBase, vocab_size: int) 
     writer.add_token_types([CONTROL_TOKEN if token in special else NORMAL_TOKEN for token in tokens])
     merges = whole["model"]["merges"]
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
-    writer.add_bos_token_id(tokenizer.bos_token_id)
-    writer.add_eos_token_id(tokenizer.eos_token_id)
-    if tokenizer.pad_token_id is not None:
-        writer.add_pad_token_id(tokenizer.pad_token_id)
+    for kind in ("bos", "eos", "pad"):
+        token = getattr(tokenizer, f"{kind}_token_id")
+        if token is not None:
+            getattr(writer, f"add_{kind}_token_id")(token)
     writer.add_string(_gguf().Keys.Tokenizer.HF_JSON, json.dumps(whole))
 
 

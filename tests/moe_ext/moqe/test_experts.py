@@ -1,3 +1,4 @@
+import copy
 import json
 import subprocess
 import sys
@@ -30,6 +31,13 @@ def test_a_gguf_file_holds_the_model_and_its_tokenizer(plain, tmp_path, tokens):
     expert = load_expert(tmp_path / "whole.gguf")
     torch.testing.assert_close(expert.model(tokens).logits, model(tokens).logits, atol=2e-3, rtol=2e-3)
     check_tokenizers(("plain", tokenizer), ("gguf", expert.tokenizer))
+
+
+def test_a_gguf_file_of_a_tokenizer_without_a_first_token_is_written(plain, tmp_path):
+    model, tokenizer = plain[0], copy.deepcopy(plain[1])
+    tokenizer.bos_token = None
+    write_gguf(tmp_path / "whole.gguf", model, tokenizer, "f16")
+    assert load_expert(tmp_path / "whole.gguf").tokenizer.eos_token_id == tokenizer.eos_token_id
 
 
 @torch.no_grad()
