@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 
 from foundation.data import Part
+from foundation.options import check_at_least
 from moe_ext.moe_models import SMALL_MOE
 from moe_ext.router_study.causal import NOWHERE
 from moe_ext.router_study.metrics.vocabulary import LEAST_SEEN
@@ -16,18 +17,6 @@ OLMOE = "allenai/OLMoE-1B-7B-0924"
 
 def _default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def at_least(options: object, **least: int) -> None:
-    """Refuse a number that is too small.
-
-    Raises:
-        ValueError: it names the option, its value and the least it may be.
-    """
-    for name, bound in least.items():
-        value = getattr(options, name)
-        if value < bound:
-            raise ValueError(f"{name} is {value}, but must be at least {bound}.")
 
 
 @dataclass(kw_only=True)
@@ -51,7 +40,7 @@ class TextOptions:
     seed: int = field(default=0, metadata={"help": "Of the order of documents, shuffles and bootstraps."})
 
     def __post_init__(self):
-        at_least(self, batch_size=1, row_tokens=2, max_tokens=self.row_tokens)
+        check_at_least(self, batch_size=1, row_tokens=2, max_tokens=self.row_tokens)
 
 
 @dataclass(kw_only=True)
@@ -77,7 +66,7 @@ class RunOptions(TextOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        at_least(self, replicates=2, least_seen=1, counts_mb=1, sample_mb=1)
+        check_at_least(self, replicates=2, least_seen=1, counts_mb=1, sample_mb=1)
 
 
 @dataclass(kw_only=True)
@@ -136,4 +125,4 @@ class OverheadOptions:
     device: str = field(default_factory=_default_device, metadata={"help": "Where to compute."})
 
     def __post_init__(self):
-        at_least(self, batch_size=1, row_tokens=2, rounds=1)
+        check_at_least(self, batch_size=1, row_tokens=2, rounds=1)
