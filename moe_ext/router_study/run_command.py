@@ -38,10 +38,12 @@ def run(options: RunOptions) -> str:
     if not options.revision:
         return f"The report lies in {study_model(options, None, Path(options.out)) / PAGE}"
     out, pages = Path(options.out), []
-    folders = {revision: out / Path(revision).name for revision in options.revision}
-    for folder in folders.values():
+    folders = [out / Path(revision).name for revision in options.revision]
+    for folder in folders:
         check_free(folder)
-    for revision, folder in folders.items():
+        if folders.count(folder) > 1:
+            raise ValueError(f"Two revisions would be written to {folder}. Give one of them a command of its own.")
+    for revision, folder in zip(options.revision, folders, strict=True):
         pages.append(study_model(options, revision, folder) / PAGE)
     return "The reports lie in " + ", ".join(map(str, pages))
 

@@ -82,6 +82,14 @@ def test_several_revisions_get_a_folder_each(say, undrawn, revisions_folder):
     assert told == "The reports lie in both/step5-tokens1K/report.html, both/main/report.html\n"
 
 
+def test_revisions_of_one_name_are_refused_before_the_first_is_read(say, tmp_path, revisions_folder):
+    shutil.copytree(revisions_folder / "main", tmp_path / "other/main")
+    code, told, error = say("run", "--revision", "main", "other/main", model=revisions_folder, out="both")
+    assert (code, told) == (2, "")
+    assert "Two revisions would be written to both/main" in error
+    assert not (tmp_path / "both").exists()
+
+
 def test_evolution_compares_revisions_with_the_last(say, undrawn, tmp_path, revisions_folder):
     code, told, _ = say(
         "evolution", "--revisions", "main", "step40-tokens8K", "step5-tokens1K", model=revisions_folder, out="grown"
