@@ -116,7 +116,8 @@ def generate(
         mode: `lossless` gives the backbone's own output, `fast` takes drafts unread.
         sources: what may draft: `heads`, `copies`; by default both, and in `fast` the heads.
         plan: which of them drafts, and how much; by default `lossless` weighs their cost against the routers' gates,
-            and `fast` asks the heads whose gate is open.
+            and `fast` asks the heads whose gate is open. The cost is measured in every call without a plan: for
+            several, make one `Planner(costs_of(model))`.
         stop_strings: texts that end a row, found with the tokenizer.
         tokenizer: the backbone's own; needed for stop strings alone.
         streamer: receives tokens as they are decided; batch of 1 only, as in transformers.
@@ -205,6 +206,7 @@ class DecodingLoop:
         mask_BL = torch.ones_like(input_ids) if mask_BL is None else mask_BL
         for source in self.sources.values():
             source.start(input_ids, mask_BL)
+        self.unread: dict[SourceName, list[Tensor]] = {name: [] for name in self.sources}
         rows = GrowingRows(input_ids, logits_processor, stopping_criteria, generation_config)
         with backbone_passes(backbone, input_ids, model_kwargs) as passes:
             going = rows.add(*rows.choose(passes.read_prompt()))
@@ -229,7 +231,11 @@ class DecodingLoop:
         """What the source that the plan takes says next."""
         gates = {}
         for name, source in self.sources.items():
-            gates_BK = source.gates(state_BQD, rows.ids_BL)
+            self.unread[name].append(state_BQD)
+            if not self.plan.asks(name):
+                continue
+            gates_BK = source.gates(torch.cat(self.unread[name], dim=1), rows.ids_BL)
+            self.unread[name] = []
             # One token less than there is room for: the pass itself adds one.
             gates[name] = gates_BK[rows.live_B.to(gates_BK.device), : rows.room - 1]
         choice = self.plan.choose(gates)
@@ -266,7 +272,7 @@ class DecodingLoop:
 
 @torch.inference_mode()
 def costs_of(model: MultiTokenMoE, sources: Sequence[SourceName] = ALL_SOURCES, *, batch_size: int = 1) -> PassCosts:
-    """Measure c(k), drafting included, of a model where it is, behind a short text of arbitrary tokens."""
+    """Measure c(k), asking and drafting included, of a model where it is, behind a short text of arbitrary tokens."""
     text_BL = torch.arange(COST_CONTEXT + 1, device=model.backbone_device).repeat(batch_size, 1) % COST_PERIOD
     prompt_BP = text_BL[:, :-1]
     held = {source.name: source for source in sources_of(model, sources)}
@@ -278,14 +284,14 @@ def costs_of(model: MultiTokenMoE, sources: Sequence[SourceName] = ALL_SOURCES, 
             source.start(prompt_BP, torch.ones_like(prompt_BP))
             source.gates(state_BPD, text_BL)
 
-        def run_pass(name: SourceName, num_drafts: int) -> None:
+        def run_pass(name: SourceName | None, num_drafts: int) -> None:
             """What a turn of the loop does on the device, with nothing kept."""
-            sources = {each: copy(source) for each, source in held.items()}  # these read on, `held` does not
-            for source in sources.values():
+            if name is not None:
+                source = copy(held[name])  # this one reads on, `held` does not
                 # The states of as many tokens as a whole draft that stands brings.
                 source.gates(state_BPD[:, -num_drafts - 1 :], text_BL).tolist()
-            if num_drafts:
-                sources[name].write(text_BL[:, -1], num_drafts).tolist()
+                if num_drafts:
+                    source.write(text_BL[:, -1], num_drafts).tolist()
             # Arbitrary tokens in place of the draft, which may be shorter where a head is OFF.
             read_BQ = text_BL[:, :1].expand(-1, num_drafts + 1)
             passes.read(read_BQ).argmax(dim=-1).tolist()

@@ -3,7 +3,7 @@
 A source first says what it promises, the router's gates: the probability that its tokens 1..k all stand. A plan
 compares the sources (planning.py), and the one it takes writes.
 
-Shape letters: B rows, P tokens of the prompt, L tokens so far, Q of them from the last pass, K drafted tokens,
+Shape letters: B rows, P tokens of the prompt, L tokens so far, Q of them new to the source, K drafted tokens,
 D hidden size.
 """
 
@@ -47,10 +47,10 @@ class DraftSource(Protocol):
     def gates(self, state_BQD: Tensor, ids_BL: Tensor) -> Tensor:
         """[B, K] the probability that drafts 1..k all stand; K is 0 where there is nothing to draft.
 
-        Called once behind each pass, so that a source sees every state of the text once.
+        Called behind a pass, with what came since the last call, so that a source sees every state of the text once.
 
         Args:
-            state_BQD: the backbone's states that the last Q tokens were chosen by; at first those of the prompt.
+            state_BQD: the backbone's states that the last Q tokens were chosen by; at first those of the prompt too.
             ids_BL: the texts, those tokens included.
         """
 

@@ -84,6 +84,9 @@ def check_copies(model, given, sources, **settings):
     class Eager(FixedPlan):
         """Copies where all rows have some, else heads."""
 
+        def asks(self, name):
+            return True
+
         def choose(self, gates):
             return FixedPlan(6, "copies" if gates["copies"].shape[1] else self.source).choose(gates)
 
@@ -307,7 +310,7 @@ def test_where_drafts_do_not_pay_none_is_made():
     with torch.no_grad():
         model.router.layers[-1].weight.zero_()
         model.router.layers[-1].bias.fill_(-8.0)
-    costs = PassCosts({"heads": (1.0, 1.3, 1.6, 1.9)})
+    costs = PassCosts(1.0, {"heads": (1.0, 1.3, 1.6, 1.9)})
     decoding = generate(model, **given, do_sample=False, max_new_tokens=NEW, plan=Planner(costs), sources=["heads"])
     assert sum(decoding.report.sources["heads"].drafted) == 0
     assert decoding.report.passes == decoding.report.tokens

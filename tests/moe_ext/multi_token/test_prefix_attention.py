@@ -9,7 +9,7 @@ from moe_ext.multi_token.data import Task
 from moe_ext.multi_token.generation import COST_CONTEXT, DecodingLoop, costs_of, generate
 from moe_ext.multi_token.model import MultiTokenConfig, MultiTokenMoE, Training
 from moe_ext.multi_token.options import TrainOptions
-from moe_ext.multi_token.planning import FixedPlan
+from moe_ext.multi_token.planning import Choice, FixedPlan
 from moe_ext.multi_token.ppo import PPOSettings, play, train_ppo
 from moe_ext.multi_token.prefix_attention import ROTARY_BASE, PrefixAttention
 from moe_ext.multi_token.sources import HeadSource
@@ -238,16 +238,30 @@ def drafted_from_the_whole_text(model, text, mask, num_drafts):
     return first, torch.stack(draft, dim=1)
 
 
+class NowAndThen(FixedPlan):
+    """Asks in every third pass alone."""
+
+    turn = 0
+
+    def asks(self, name):
+        self.turn += 1
+        return self.turn % 3 == 0
+
+    def choose(self, gates):
+        return super().choose(gates) if gates else Choice()
+
+
+@pytest.mark.parametrize("plan", [FixedPlan, NowAndThen])
 @pytest.mark.parametrize("verified", [True, False])
 @pytest.mark.parametrize("num_rows", [1, 3])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_drafts_while_generating_are_those_of_a_pass_over_the_whole_text(family, num_rows, verified):
+def test_drafts_while_generating_are_those_of_a_pass_over_the_whole_text(family, num_rows, verified, plan):
     model, given = make_model(family), left_padded(num_rows)
     model.backbone.generation_config.eos_token_id = None
     source = Watched(model)
-    loop = DecodingLoop([source], FixedPlan(2), verified=verified)
-    model.backbone.generate(**given, custom_generate=loop, max_new_tokens=16, do_sample=False)
-    assert len(source.seen) > 4
+    loop = DecodingLoop([source], plan(2), verified=verified)
+    model.backbone.generate(**given, custom_generate=loop, max_new_tokens=24, do_sample=False)
+    assert len(source.seen) > 3
     for text, first, draft in source.seen:
         mask = torch.nn.functional.pad(
             given["attention_mask"], (0, text.shape[1] - 1 - given["attention_mask"].shape[1]), value=1
