@@ -14,6 +14,7 @@ from moe_ext.moqe.options import TrainOptions
 from moe_ext.moqe.router import Router, RouterConfig
 from moe_ext.moqe.rows import Row, collate_rows
 from moe_ext.moqe.state_cache import StateCache, batches_of_states, collate_states
+from moe_ext.moqe.train_command import losses_behind_prefix
 from moe_ext.moqe.training import RouterTraining, reading_order, train_router
 
 
@@ -68,6 +69,17 @@ def test_the_cache_holds_what_the_experts_compute(cache, experts, rows):
         expected = experts.states(torch.tensor([row.tokens]), torch.ones(1, len(row.tokens), dtype=torch.long))
         for kept, computed in zip(cache.states(number), expected, strict=True):
             torch.testing.assert_close(kept, computed[0])
+
+
+def test_an_expert_is_judged_by_every_token_behind_the_prefix(cache, experts, rows):
+    prefix = 4
+    found = losses_behind_prefix(cache, prefix, batch_size=3)
+    for number, row in enumerate(rows):
+        tokens = torch.tensor(row.tokens)
+        for expert, states in enumerate(cache.states(number)):
+            chances = experts.logits_of(expert, states).float().log_softmax(dim=-1)
+            expected = -sum(chances[place - 1, tokens[place]] for place in range(prefix, len(tokens)))
+            torch.testing.assert_close(found[number, expert], expected)
 
 
 def test_what_does_not_fit_is_computed_again(experts, rows, cache, tmp_path, caplog):
