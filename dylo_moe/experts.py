@@ -1,6 +1,7 @@
 """The experts of a mixture by name: made, activated, frozen and removed while the mixture lives."""
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -118,11 +119,7 @@ class ExpertManager:
     def parameters_of(self, name: str) -> list[nn.Parameter]:
         """The LoRA weights of one expert."""
         self._check(name)
-        return [
-            parameter
-            for key, parameter in self._model.named_parameters()
-            if f".{name}." in key or key.endswith(f".{name}")
-        ]
+        return lora_weights(self._model, name)
 
     def name_of(self, expert: str | int) -> str:
         """The name of an expert given by name or column.
@@ -161,3 +158,9 @@ class ExpertManager:
         for name in self._frozen:
             for parameter in self.parameters_of(name):
                 parameter.requires_grad_(False)
+
+
+def lora_weights(model: nn.Module, adapter: str) -> list[nn.Parameter]:
+    """The LoRA weights of one adapter of a PEFT model; modules of the base that have its name are left out."""
+    its_own = re.compile(rf"\.lora_\w+\.{re.escape(adapter)}(\.|$)")
+    return [parameter for key, parameter in model.named_parameters() if its_own.search(key)]

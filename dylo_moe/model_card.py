@@ -5,7 +5,6 @@ ours: a part on the adapter, written anew at each save, and a part on its traini
 two marks; whatever else a user writes into the file stays as it is.
 """
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel
 
+from dylo_moe.experts import lora_weights
 from foundation.whole_files import write_text
 
 CARD = "README.md"
@@ -140,8 +140,7 @@ def _targets(config: LoraConfig) -> str:
 
 
 def _num_parameters(model: PeftModel, adapter: str) -> int:
-    held = re.compile(rf"\.lora_(A|B|embedding_A|embedding_B)\.{re.escape(adapter)}(\.|$)")
-    return sum(parameter.numel() for name, parameter in model.named_parameters() if held.search(name))
+    return sum(parameter.numel() for parameter in lora_weights(model, adapter))
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:

@@ -115,6 +115,17 @@ def test_the_weights_of_an_expert_are_its_own():
     assert len(one) == len(ten) == 2 * 2 * 7 and not one & ten  # A and B, two blocks, seven layers
 
 
+def test_an_expert_with_the_name_of_a_module_owns_no_weight_of_the_base():
+    model = tiny_mixture(2, expert_names=["mlp", "weight"])
+    for name in ("mlp", "weight"):
+        assert len(model.experts.parameters_of(name)) == 2 * 2 * 7
+    model.experts.freeze(["mlp", "weight"])
+    assert training(model) == {"router"}
+    model.experts.unfreeze(["mlp", "weight"])
+    trained = [key for key, parameter in model.named_parameters() if parameter.requires_grad]
+    assert all(".lora_" in key or "moe_router" in key for key in trained)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
