@@ -8,6 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from dylo_moe.model import DyLoRA_MoE
+from foundation.options import check_at_least
 
 
 @dataclass(kw_only=True)
@@ -28,10 +29,7 @@ class MixtureConfig:
     balance_coefficient: float = field(default=0.001, metadata={"help": "Weight of the load-balancing loss."})
 
     def __post_init__(self) -> None:
-        if self.num_experts < 1:
-            raise ValueError(f"num_experts is {self.num_experts}, but must be at least 1. A mixture mixes experts.")
-        if self.lora_r < 1:
-            raise ValueError(f"lora_r is {self.lora_r}, but must be at least 1.")
+        check_at_least(self, num_experts=1, lora_r=1, balance_coefficient=0)
         if self.top_k is not None and not 0 <= self.top_k <= self.num_experts:
             raise ValueError(
                 f"top_k is {self.top_k}, but must lie between 0 (all) and num_experts ({self.num_experts}). Lower "
@@ -41,8 +39,6 @@ class MixtureConfig:
             raise ValueError("dense_training is set, but top_k keeps all experts anyway. Set top_k, or drop it.")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout is {self.lora_dropout}, but must lie in [0, 1).")
-        if self.balance_coefficient < 0:
-            raise ValueError(f"balance_coefficient is {self.balance_coefficient}, but must not be negative.")
 
 
 def add_mixture(base: nn.Module, config: MixtureConfig, *, base_name: str | None = None) -> DyLoRA_MoE:

@@ -24,9 +24,9 @@ from pathlib import Path
 import torch
 from transformers import set_seed
 
-from dylo_moe.continual_baselines import train_in_sequence, train_joint
+from dylo_moe.continual_baselines import VISIT, train_in_sequence, train_joint
 from dylo_moe.continual_data import HeldOut, SkillText, read_skill, spread
-from dylo_moe.continual_report import as_text, compare, draw
+from dylo_moe.continual_report import PICTURE, RESULTS, TABLE, as_text, compare, draw
 from dylo_moe.continual_training import train_steps
 from dylo_moe.lr_schedule import TwoPhaseLRScheduler
 from dylo_moe.model import DyLoRA_MoE
@@ -38,6 +38,7 @@ from dylo_moe.skills import SkillLibrary, embed_blocks, measure_background
 from dylo_moe.training import multiplies_bf16_fast
 from foundation.base_identity import BaseIdentity
 from foundation.base_model import load_base_model
+from foundation.options import check_at_least
 from foundation.perplexity import measure_blocks
 from foundation.whole_files import write_json, write_text
 
@@ -48,7 +49,6 @@ logger = logging.getLogger(__name__)
 # The router's weight decay while an expert is consolidated: one that is trained at a fraction of its weight grows too
 # loud for the text of others, which gives it some weight too.
 SURE = 1e-3
-RESULTS, TABLE, PICTURE, VISIT = "results.json", "table.md", "forgetting.png", "visit.json"
 
 
 @dataclass(kw_only=True)
@@ -107,17 +107,12 @@ class ContinualConfig:
     def __post_init__(self) -> None:
         if not self.continual:
             raise ValueError("continual names no skill. Give at least one, e.g. --continual prose code math.")
-        positive = ("lora_r", "top_k", "train_batch_size", "replay_blocks", "eval_blocks")
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1.")
-        for name in ("seed_steps", "consolidate_steps", "first_adapted_block"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must not be negative.")
+        check_at_least(self, lora_r=1, top_k=1, train_batch_size=1, replay_blocks=1, eval_blocks=1, max_seq_length=2)
+        check_at_least(self, seed_steps=0, consolidate_steps=0, first_adapted_block=0)
+        check_at_least(self, novelty_margin=0, router_weight_decay=0)
+        check_at_least(self, probe_blocks=BLOCKS_IN_A_BATCH, calibration_blocks=FEWEST_BATCHES * BLOCKS_IN_A_BATCH)
         if self.seed_steps + self.consolidate_steps < 1:
             raise ValueError("seed_steps and consolidate_steps are both 0, so nothing would be learnt. Raise one.")
-        if self.max_seq_length < 2:
-            raise ValueError(f"max_seq_length is {self.max_seq_length}, but must be at least 2.")
         for name in ("learning_rate", "sequential_learning_rate", "joint_learning_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be positive.")
@@ -125,20 +120,10 @@ class ContinualConfig:
             raise ValueError(f"consolidate_ratio is {self.consolidate_ratio}, but must lie in (0, 1].")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout is {self.lora_dropout}, but must lie in [0, 1).")
-        for name in ("novelty_margin", "router_weight_decay"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must not be negative.")
-        if self.probe_blocks < BLOCKS_IN_A_BATCH:
-            raise ValueError(f"probe_blocks is {self.probe_blocks}, but must be at least {BLOCKS_IN_A_BATCH}.")
         if self.steps_a_visit * self.train_batch_size < BLOCKS_IN_A_BATCH:
             raise ValueError(
                 f"A visit reads {self.steps_a_visit * self.train_batch_size} blocks (steps x train_batch_size), but a "
                 f"skill is judged by {BLOCKS_IN_A_BATCH}. Raise seed_steps, consolidate_steps or train_batch_size."
-            )
-        if self.calibration_blocks < FEWEST_BATCHES * BLOCKS_IN_A_BATCH:
-            raise ValueError(
-                f"calibration_blocks is {self.calibration_blocks}, but must be at least "
-                f"{FEWEST_BATCHES * BLOCKS_IN_A_BATCH}."
             )
 
     @property

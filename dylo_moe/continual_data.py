@@ -1,17 +1,15 @@
 """The text of a skill for a continual run: blocks to train on at each visit, to calibrate with, and to measure on."""
 
-import hashlib
 from dataclasses import dataclass
 from typing import Literal
 
 from datasets import Dataset
 
+from dylo_moe.reading_order import enough_texts, reading_order
 from foundation.data import load_documents
 from foundation.packing import pack_documents
 
 HeldOut = Literal["test", "validation"]
-# A token of a language model's vocabulary is at most so many characters of text, on average.
-CHARACTERS_A_TOKEN = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,12 +86,6 @@ def spread(blocks: Dataset, count: int) -> Dataset:
 
 def _read_blocks(name: str, split: str, tokenizer, count: int, block_size: int, seed: int) -> Dataset:
     documents = load_documents(name, split)["text"]
-    order = sorted(range(len(documents)), key=lambda i: hashlib.sha256(f"{seed} {i}".encode()).digest())
-    texts, characters = [], 0
-    for index in order:
-        texts.append(documents[index])
-        characters += len(texts[-1])
-        if characters > count * block_size * CHARACTERS_A_TOKEN:
-            break
+    texts = enough_texts((documents[i] for i in reading_order(len(documents), seed)), count * block_size)
     blocks = pack_documents(texts, tokenizer, block_size=block_size, keep_remainder=False)
     return blocks.select(range(min(count, len(blocks))))

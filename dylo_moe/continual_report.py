@@ -10,6 +10,7 @@ from pathlib import Path
 
 from foundation.whole_files import whole_file
 
+RESULTS, TABLE, PICTURE = "results.json", "table.md", "forgetting.png"
 NAMES = {"mixture": "growing mixture", "sequential": "one LoRA in sequence", "joint": "one LoRA on all at once"}
 
 
@@ -108,11 +109,8 @@ def as_text(results: dict, output: Path) -> str:
     lines.append(f"seconds of this call: {results['seconds']:.0f}, processor time {results['cpu_seconds']:.0f}")
     last = f"{len(results['visits']):02d}"
     lines += ["", f"mixture   {output / 'mixture' / last}"]
-    lines += [f"{name:<9} {output / file}" for name, file in _FILES.items()]
+    lines += [f"results   {output / RESULTS}", f"table     {output / TABLE}", f"picture   {output / PICTURE}"]
     return "\n".join(lines) + "\n"
-
-
-_FILES = {"results": "results.json", "table": "table.md", "picture": "forgetting.png"}
 
 
 def draw(results: dict, path: Path) -> None:

@@ -28,7 +28,7 @@ from foundation.base_identity import BaseIdentity
 from foundation.base_model import Quantization, load_base_model
 from foundation.checkpoints import BASE, check_base
 from foundation.commands import run_command
-from foundation.options import OptionParser
+from foundation.options import OptionParser, check_at_least
 from foundation.packing import keeps_documents_apart
 from foundation.perplexity import measure_blocks
 from foundation.whole_files import write_json
@@ -74,10 +74,7 @@ class EvaluateConfig:
     output: str | None = field(default=None, metadata={"help": "JSON file for the results and these options."})
 
     def __post_init__(self) -> None:
-        for name in ("eval_batch_size", "eval_blocks", "limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}, but must be at least 1.")
+        check_at_least(self, eval_batch_size=1, eval_blocks=1, limit=1)
         if self.include_path and not self.tasks:
             raise ValueError("include_path is set, but no tasks. Name those to run with --tasks.")
         if self.include_path and not Path(self.include_path).is_dir():

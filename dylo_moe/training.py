@@ -22,6 +22,7 @@ from foundation.checkpoints import (
     remove_incomplete,
     save_base_identity,
 )
+from foundation.options import check_at_least
 from foundation.packing import IGNORED_LABEL
 from foundation.whole_files import write_json
 
@@ -70,23 +71,11 @@ class TrainingConfig:
     seed: int = field(default=0, metadata={"help": "Seed of the adapters' weights and of the order of the rows."})
 
     def __post_init__(self) -> None:
-        for name in (
-            "train_batch_size",
-            "eval_batch_size",
-            "gradient_accumulation_steps",
-            "save_steps",
-            "logging_steps",
-            "num_steps",
-            "early_stopping_patience",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}, but must be at least 1.")
+        check_at_least(self, train_batch_size=1, eval_batch_size=1, gradient_accumulation_steps=1, num_steps=1)
+        check_at_least(self, save_steps=1, logging_steps=1, early_stopping_patience=1, weight_decay=0)
         for name in ("learning_rate", "num_epochs"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be positive.")
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay is {self.weight_decay}, but must not be negative.")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing is {self.label_smoothing}, but must lie in [0, 1).")
         if self.fp16 and self.bf16:

@@ -4,7 +4,6 @@ Built-in domains are plain text. So is a dataset without conversations, with `--
 Anything else with `messages` or `prompt` and `response` is instruction data (`dylo_moe/instruction_data.py`).
 """
 
-import hashlib
 import logging
 import math
 from dataclasses import dataclass, field
@@ -12,13 +11,12 @@ from dataclasses import dataclass, field
 from datasets import Dataset
 
 from dylo_moe.instruction_data import encode_examples, is_instruction
+from dylo_moe.reading_order import enough_texts, reading_order
 from foundation.data import DOMAINS, Part, load_documents
+from foundation.options import check_at_least
 from foundation.packing import IGNORED_LABEL, pack_apart, pack_documents
 
 logger = logging.getLogger(__name__)
-
-# More characters than a token ever has on average: so many surely give the blocks that are wanted.
-CHARACTERS_PER_TOKEN = 8
 
 
 @dataclass(kw_only=True)
@@ -59,10 +57,7 @@ class DataConfig:
         for name in ("training_subset", "eval_subset"):
             if not 0 < getattr(self, name) <= 100:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be a percentage above 0, up to 100.")
-        if self.eval_blocks is not None and self.eval_blocks < 1:
-            raise ValueError(f"eval_blocks is {self.eval_blocks}, but must be at least 1.")
-        if self.max_seq_length < 2:
-            raise ValueError(f"max_seq_length is {self.max_seq_length}, but must be at least 2.")
+        check_at_least(self, eval_blocks=1, max_seq_length=2)
 
     @property
     def domains(self) -> list[str]:
@@ -117,7 +112,7 @@ def prepare(
     """
     documents = load_documents(name, split, text_column=None if name in DOMAINS else config.text_column)
     percent = config.training_subset if split == "train" else config.eval_subset
-    order = sorted(range(len(documents)), key=lambda i: hashlib.sha256(f"{seed} {i}".encode()).digest())
+    order = reading_order(len(documents), seed)
     order = order[: math.ceil(len(order) * percent / 100)]
     as_text = name in DOMAINS or config.as_text or config.text_column or not is_instruction(documents.column_names)
     make = _blocks_of_text if as_text else _conversations
@@ -132,13 +127,8 @@ def prepare(
 
 
 def _blocks_of_text(name, documents, order, tokenizer, config, *, apart, training, limit) -> PreparedData:
-    texts, characters = [], 0
-    for index in order:
-        texts.append(documents[index]["text"])
-        characters += len(texts[-1])
-        if limit is not None and characters > limit * config.max_seq_length * CHARACTERS_PER_TOKEN:
-            break
     size = config.max_seq_length
+    texts = enough_texts((documents[i]["text"] for i in order), None if limit is None else limit * size)
     if apart:
         rows = pack_apart(texts, tokenizer, block_size=size, keep_remainder=not training)
     else:

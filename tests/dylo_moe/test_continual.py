@@ -262,7 +262,7 @@ def test_other_settings_in_the_same_folder_are_refused_and_named(finished, tiny_
         ({"train_batch_size": 0}, "train_batch_size is 0"),
         ({"replay_blocks": 0}, "replay_blocks is 0"),
         ({"eval_blocks": 0}, "eval_blocks is 0"),
-        ({"seed_steps": -1}, "seed_steps is -1, but must not be negative"),
+        ({"seed_steps": -1}, "seed_steps is -1, but must be at least 0"),
         ({"seed_steps": 0, "consolidate_steps": 0}, "both 0, so nothing would be learnt"),
         ({"first_adapted_block": -1}, "first_adapted_block is -1"),
         ({"max_seq_length": 1}, "max_seq_length is 1"),
