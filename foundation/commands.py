@@ -14,8 +14,17 @@ from foundation.allocator import keep_freed_memory
 from foundation.downloads import DownloadError
 from foundation.options import OptionParser
 
-# What a user can set right: an option, a file, a package, a connection.
-REFUSALS = (ValueError, FileNotFoundError, FileExistsError, ModuleNotFoundError, DownloadError)
+# What a user can set right: an option, a path, a package, a connection.
+REFUSALS = (
+    ValueError,
+    FileNotFoundError,
+    FileExistsError,
+    NotADirectoryError,
+    IsADirectoryError,
+    PermissionError,
+    ModuleNotFoundError,
+    DownloadError,
+)
 REFUSED = 2
 INTERRUPTED = 130  # what a shell reports of a program that was stopped by Ctrl-C
 LOG_FORMAT, LOG_TIME = "%(asctime)s %(message)s", "%H:%M:%S"

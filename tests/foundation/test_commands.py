@@ -32,6 +32,7 @@ COMMANDS = {
     "stop": Command(Options, raises(KeyboardInterrupt()), "Be stopped."),
     "fetch": Command(Options, raises(DownloadError("no network")), "Have no network."),
     "find": Command(Options, raises(FileNotFoundError("no file\nhere")), "Miss a file."),
+    "write": Command(Options, raises(NotADirectoryError(20, "Not a directory", "notes.txt/run")), "Find no folder."),
     "break": Command(Options, raises(TypeError("a fault of the program")), "Fail."),
 }
 NAMES = ", ".join(COMMANDS)
@@ -75,6 +76,7 @@ def test_the_command_that_is_named_runs(say, words, said):
         (["rest", "--sice=1"], "garden rest: error: Unknown option --sice=1. Closest: --size."),
         (["fetch"], "garden fetch: error: no network\n"),
         (["find"], "garden find: error: no file here\n"),
+        (["write"], "garden write: error: [Errno 20] Not a directory: 'notes.txt/run'\n"),
     ],
 )
 def test_what_a_user_can_set_right_is_one_line_and_exit_code_2(say, words, told):
