@@ -22,7 +22,7 @@ from dylo_moe.expert_usage import draw_usage, usage_by_block
 from dylo_moe.model_card import describe_lora, describe_training, shown
 from dylo_moe.run_settings import SETTINGS, refuse_other_settings
 from dylo_moe.throughput import tokens_per_second
-from dylo_moe.training import CHECKPOINTS, TrainingConfig, is_trained, train_adapter
+from dylo_moe.training import CHECKPOINTS, TrainingConfig, forget_training, is_trained, train_adapter
 from dylo_moe.training_data import DataConfig, PreparedData, prepare
 from foundation.base_model import Quantization, load_base_model
 from foundation.batches import TurnTakingSampler, collate
@@ -96,6 +96,9 @@ def run(mixture: MixtureConfig, data: DataConfig, training: TrainingConfig, conf
     if is_first_process():
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / SETTINGS, settings)
+        if config.resume_from_checkpoint is False:
+            for name in (MIXTURE, LORA):
+                forget_training(output / name)
 
     def train(model, name: str, described: str) -> int:
         """Train an adapter unless it is trained already; returns the number of its parameters."""

@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import math
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -291,6 +292,12 @@ def multiplies_bf16_fast() -> bool:
 def is_trained(folder: Path) -> bool:
     """Whether `train_adapter` finished in this folder."""
     return (folder / FINISHED).exists()
+
+
+def forget_training(folder: Path) -> None:
+    """Take away what says that training in this folder was finished, or where it stood; the adapter stays."""
+    (folder / FINISHED).unlink(missing_ok=True)
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
 
 def is_installed(package: str) -> bool:

@@ -259,6 +259,20 @@ def test_with_resume_false_a_finished_run_begins_anew(tiny_options, tmp_path):
     assert (tmp_path / "mixture" / "finished.json").stat().st_mtime_ns > before
 
 
+@pytest.mark.usefixtures("quick")
+def test_begun_anew_and_stopped_nothing_of_the_run_before_passes_for_trained(tiny_options, tmp_path, monkeypatch):
+    assert train.main(tiny_options(tmp_path)) == 0
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(first_mixture, "train_adapter", stop)
+    assert train.main([*tiny_options(tmp_path), "--resume_from_checkpoint", "false"]) == 130
+    for name in ("mixture", "lora"):
+        assert not (tmp_path / name / "finished.json").exists()
+        assert not list((tmp_path / name).glob("checkpoints/*"))
+
+
 def test_help_names_every_option_of_the_issue(capsys):
     with pytest.raises(SystemExit) as stopped:
         train.main(["--help"])
