@@ -79,6 +79,9 @@ class EvaluateConfig:
             raise ValueError("include_path is set, but no tasks. Name those to run with --tasks.")
         if self.include_path and not Path(self.include_path).is_dir():
             raise FileNotFoundError(f"There is no folder {self.include_path} of task files. Check --include_path.")
+        for name in ("output", "samples"):
+            if getattr(self, name) and Path(getattr(self, name)).is_dir():
+                raise ValueError(f"{name} is {getattr(self, name)}, which is a folder. Give the name of a file.")
         if self.allow_code_execution and not self.humaneval:
             raise ValueError("allow_code_execution is set, but nothing would be executed. Add --humaneval.")
         self.data  # noqa: B018 - checks the values that it is made of

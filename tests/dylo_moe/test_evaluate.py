@@ -95,6 +95,8 @@ def test_a_base_of_another_shape_is_refused_also_where_nothing_was_noted(finishe
         (["--checkpoint", "RUN", "--allow_code_execution"], "nothing would be executed. Add --humaneval"),
         (["--checkpoint", "RUN", "--limit", "0"], "limit is 0"),
         (["--checkpoint", "RUN", "--eval_batch_size", "0"], "eval_batch_size is 0"),
+        (["--checkpoint", "RUN", "--output", "EMPTY"], "which is a folder. Give the name of a file"),
+        (["--checkpoint", "RUN", "--humaneval", "--samples", "EMPTY"], "which is a folder. Give the name of a file"),
     ],
 )
 def test_bad_input_is_one_line(finished, tmp_path, capsys, argv, message):
