@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -46,11 +47,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if options.json is not None:
             _refuse_unwritable(options.json)
-        speed = import_module("benchmarks.table") if options.benchmark else None
+        speed = _speed_table() if options.benchmark else None
         source = open_checkpoint(options.checkpoint) if options.checkpoint is not None else open_model(options.model)
-    except ModuleNotFoundError as missing:
-        parser.error(f"{missing}. --benchmark needs the folder benchmarks/ of the repository: run the script there.")
-    except (ValueError, OSError) as refused:
+    except (ValueError, OSError, ImportError) as refused:
         parser.error(_one_line(refused))
 
     results = validate(source)
@@ -66,6 +65,16 @@ def main(argv: list[str] | None = None) -> int:
         except OSError as refused:
             parser.error(f"{options.json} cannot be written: {_one_line(refused)}")
     return int(any(result.verdict == "fail" for result in results))
+
+
+def _speed_table() -> ModuleType:
+    """What measures the speed table, which is no part of the installed packages."""
+    try:
+        return import_module("benchmarks.table")
+    except ModuleNotFoundError as missing:
+        raise ModuleNotFoundError(
+            f"{missing}. --benchmark needs the folder benchmarks/ of the repository: run the script there."
+        ) from missing
 
 
 def _refuse_unwritable(path: Path) -> None:

@@ -321,6 +321,15 @@ def test_benchmark_without_the_benchmarks_is_refused(capsys, monkeypatch):
     assert "needs the folder benchmarks/ of the repository" in refused(capsys, "--benchmark")
 
 
+def test_a_package_that_the_model_needs_is_named_and_no_benchmark_blamed(capsys, monkeypatch):
+    def quantised(name):
+        raise ImportError("Loading it needs the package bitsandbytes")
+
+    monkeypatch.setattr(validate_moe_modifications, "open_model", quantised)
+    said = refused(capsys, "--model", "base")
+    assert "needs the package bitsandbytes" in said and "benchmark" not in said
+
+
 def test_help_shows_each_flag_its_default_and_ends_with_an_example():
     command = [sys.executable, "validate_moe_modifications.py", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
