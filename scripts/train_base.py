@@ -40,7 +40,7 @@ from transformers import (
 from foundation.allocator import keep_freed_memory
 from foundation.commands import run_command
 from foundation.domains import DOMAINS
-from foundation.options import OptionParser
+from foundation.options import OptionParser, check_at_least
 from foundation.packing import token_stream
 from foundation.perplexity import measure_texts
 from foundation.whole_files import whole_file, write_json
@@ -80,6 +80,7 @@ class BaseTrainingConfig:
     seed: int = field(default=0, metadata={"help": "Seed of the initialisation and of the order of the blocks."})
 
     def __post_init__(self):
+        check_at_least(self, steps=1, block_size=2, blocks_per_step=1, blocks_at_once=1, warmup_steps=1, log_every=1)
         if self.blocks_per_step % self.blocks_at_once:
             raise ValueError(
                 f"blocks_at_once is {self.blocks_at_once} and does not divide blocks_per_step "

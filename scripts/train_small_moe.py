@@ -19,6 +19,7 @@ import sys
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -52,7 +53,9 @@ class SmallMoeTrainingConfig(BaseTrainingConfig):
     steps: int = field(default=3600, metadata={"help": "Optimiser steps in all, those of earlier runs included."})
     blocks_per_step: int = field(default=8, metadata={"help": "Blocks in an optimiser step."})
     # torch's Muon takes matrices alone, and the experts of a layer are one 3-D parameter.
-    optimizer: str = field(default="adamw", metadata={"help": "What trains the matrices; experts always adamw."})
+    optimizer: Literal["muon", "adamw"] = field(
+        default="adamw", metadata={"help": "What trains the matrices; experts always adamw."}
+    )
     learning_rate: float = field(default=4e-3, metadata={"help": "Peak rate of every parameter."})
     warmup_steps: int = field(default=100, metadata={"help": "Steps of the linear warm-up."})
     balance_coefficient: float = field(default=0.02, metadata={"help": "Weight of the balance loss of each layer."})
@@ -96,10 +99,8 @@ def balanced_loss(model: OlmoeForCausalLM, tokens_BL: Tensor, *, coefficient: fl
 @torch.no_grad()
 def expert_shares(folder: Path) -> list[list[float]]:
     """The share of the validation tokens' choices that each expert of each layer gets; balanced is 1 / E."""
-    model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
-        AutoTokenizer.from_pretrained(folder),
-    )
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     config, counts_of = model.config, [0] * model.config.num_hidden_layers
     for documents in DOMAINS.values():
         blocks = pack_documents(

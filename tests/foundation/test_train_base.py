@@ -148,6 +148,12 @@ def test_blocks_at_once_must_divide_a_step():
         train_base.BaseTrainingConfig(run_folder="x", blocks_at_once=3)
 
 
+@pytest.mark.parametrize("option", ["steps", "blocks_at_once", "warmup_steps", "log_every"])
+def test_a_count_of_zero_is_refused_before_anything_is_read(option):
+    with pytest.raises(ValueError, match=f"{option} is 0, but must be at least 1"):
+        train_base.BaseTrainingConfig(run_folder="x", **{option: 0})
+
+
 def test_help_lists_the_options(capsys):
     with pytest.raises(SystemExit) as ended:
         train_base.main(["--help"])

@@ -115,3 +115,11 @@ def test_the_mixture_that_is_built_has_the_committed_shape(script):
     assert {name: getattr(committed, name) for name in script.SHAPE} == script.SHAPE
     assert model.num_parameters() == 2_365_568
     assert model.config._experts_implementation == "grouped_mm"
+
+
+def test_an_optimizer_that_is_not_there_is_refused(script, tmp_path, capsys):
+    folders = ["--run_folder", str(tmp_path), "--output", str(tmp_path)]
+    with pytest.raises(SystemExit) as stopped:
+        script.main([*folders, "--steps", "1", "--optimizer", "sgd"])
+    assert stopped.value.code == 2
+    assert "invalid choice: 'sgd'" in capsys.readouterr().err
