@@ -184,7 +184,8 @@ class DyLoRA_MoE(PeftModelForCausalLM):
 
     def generate(self, *args: Any, expert_id: str | int | Sequence[str | int] | Tensor | None = None, **kwargs: Any):
         """transformers' `generate`, with the KV cache; every token is routed as in `forward`."""
-        tokens = args[0] if args else next((kwargs[k] for k in ("input_ids", "inputs") if k in kwargs), None)
+        given = [*args[:1], *(kwargs.get(name) for name in ("input_ids", "inputs", "inputs_embeds"))]
+        tokens = next((tensor for tensor in given if tensor is not None), None)
         kwargs = self._with_expert(expert_id, tokens, kwargs)
         with self._recording(kwargs.get("routing_weights"), tokens):
             return super().generate(*args, **kwargs)
@@ -194,8 +195,8 @@ class DyLoRA_MoE(PeftModelForCausalLM):
         """What each token's experts weighed in the last call, [B, L, E]: the mean over the router's gates.
 
         After `generate`, the tokens of the prompt and those generated, except the last, which no pass has read yet. A
-        sequence given to one expert has a one there. None before the first call, with adapters disabled, and while
-        somebody else records the routing (`record_routing`).
+        sequence given to one expert has a one there, after `generate` for its prompt alone. None before the first
+        call, with adapters disabled, and while somebody else records the routing (`record_routing`).
         """
         if not self._routing:
             return None

@@ -195,6 +195,13 @@ def test_generate_gives_the_same_tokens_with_and_without_the_cache(options):
     assert made[0].shape == (2, 15)
 
 
+def test_generation_from_embeddings_may_be_given_to_one_expert():
+    model = tiny_mixture()
+    wanted = {"max_new_tokens": 5, "do_sample": False, "expert_id": ["expert_1", 2]}
+    written = model.generate(inputs_embeds=model.get_input_embeddings()(IDS), **wanted)
+    assert torch.equal(written, model.generate(IDS, **wanted)[:, IDS.shape[1] :])
+
+
 def test_generated_tokens_are_routed_as_a_forward_routes_them():
     model = tiny_mixture()
     made = model.generate(input_ids=IDS, max_new_tokens=5, min_new_tokens=5, do_sample=False)
