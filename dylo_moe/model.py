@@ -286,7 +286,7 @@ class DyLoRA_MoE(PeftModelForCausalLM):
 
     def create_or_update_model_card(self, output_dir: str) -> None:
         """Called by PEFT when it saves: our text first, then PEFT's metadata above it."""
-        describe_mixture(self, output_dir)
+        describe_mixture(self, output_dir, base_name=self.base_identity.name, skills=self.skills)
         super().create_or_update_model_card(output_dir)
 
     @classmethod

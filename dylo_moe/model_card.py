@@ -14,65 +14,63 @@ import transformers
 from peft import LoraConfig, PeftModel
 
 from dylo_moe.experts import lora_weights
+from dylo_moe.skills import SkillLibrary
+from foundation.perplexity import measure_texts
 from foundation.whole_files import write_text
 
 CARD = "README.md"
 HEADER = "---\nlibrary_name: peft\n---\n"  # PEFT adds the base model, tags and what the model is for
 MARKS = "<!-- {part}: written by the program, lines up to the next mark are replaced -->", "<!-- end of {part} -->"
 
-LOAD_MIXTURE = """## Load it
+LOAD = "## Load it"
+BY_PEFT = """```python
+from peft import AutoPeftModelForCausalLM
 
-```python
+model = AutoPeftModelForCausalLM.from_pretrained("this/folder")
+```"""
+BY_DYLORA = """```python
 from dylo_moe import DyLoRA_MoE
 
 model = DyLoRA_MoE.from_pretrained("this/folder")
 ```
 
-or, without its skills and settings (the base in the precision it is stored in, unless `dtype` says another):
-
-```python
-from peft import AutoPeftModelForCausalLM
-
-model = AutoPeftModelForCausalLM.from_pretrained("this/folder")
-```
-
-Experts and router are in `adapter_model.safetensors`, the base is not; it needs the PEFT that has `MoELoraConfig`."""
-
-LOAD_LORA = """## Load it
-
-```python
-from peft import AutoPeftModelForCausalLM
-
-model = AutoPeftModelForCausalLM.from_pretrained("this/folder")
-```"""
+or, without its skills and settings (the base in the precision it is stored in, unless `dtype` says another):"""
+HELD = """Experts and router are in `adapter_model.safetensors`, the base is not; it needs the PEFT that has
+`MoELoraConfig`."""
 
 
-def describe_mixture(model: PeftModel, folder: str | Path) -> None:
-    """Write the card's part on a mixture.
+def describe_mixture(
+    model: PeftModel, folder: str | Path, *, base_name: str, skills: SkillLibrary | None = None
+) -> None:
+    """Write the card's part on a mixture; before it is saved, so that PEFT adds to it rather than a form to fill in.
 
     Args:
-        model: a `DyLoRA_MoE`.
+        model: made of a `MoELoraConfig`, or a `DyLoRA_MoE`.
         folder: where it is saved.
+        base_name: how its base is found.
+        skills: those of a `DyLoRA_MoE`, which is loaded as one; None for a mixture of the fork alone.
     """
-    config, router = model.base_model.mixture_config, model.base_model.mixture_config.router_config()
+    config, gates = model.base_model.mixture_config, model.base_model.moe_router
+    router = config.router_config()
     kept = f"top-{router.top_k} of {config.num_experts}"
     weighed = f"all experts in training, {kept} at inference" if router.selection == "hybrid" else kept
     losses = {"balance": router.balance_coef, "z": router.z_coef, "entropy": router.entropy_coef}
     facts = {
-        "base model": _named(model.base_identity.name, model.get_base_model().config),
-        "router": f"scope `{router.scope}`, {len(model.router.sites)} gates; {weighed}",
+        "base model": _named(base_name, model.get_base_model().config),
+        "router": f"scope `{router.scope}`, {len(gates.gates)} gates; {weighed}",
         "temperature": f"{router.temperature:g}",
         "router's losses": ", ".join(f"{name} {weight:g}" for name, weight in losses.items() if weight) or "none",
         "parameters": f"{sum(_num_parameters(model, name) for name in config.expert_names):,} in the experts, "
-        f"{sum(parameter.numel() for parameter in model.router.attached.parameters()):,} in the router",
+        f"{sum(parameter.numel() for parameter in gates.parameters()):,} in the router",
     }
     experts = [_expert_row(model, name) for name in config.expert_names]
     lines = [f"# Mixture of {len(experts)} LoRA experts", "", *_table(("", ""), facts.items()), ""]
     lines += _table(("expert", "rank", "alpha", "adapted layers", "parameters"), experts)
-    if len(model.skills):
-        skills = [(shown(skill.name), skill.expert or "", skill.num_blocks) for skill in model.skills]
-        lines += ["", *_table(("skill", "expert", "blocks in its embedding"), skills)]
-    _write_part(Path(folder), "adapter", [*lines, "", LOAD_MIXTURE])
+    if skills:
+        rows = [(shown(skill.name), skill.expert or "", skill.num_blocks) for skill in skills]
+        lines += ["", *_table(("skill", "expert", "blocks in its embedding"), rows)]
+    load = [LOAD, "", BY_PEFT] if skills is None else [LOAD, "", BY_DYLORA, "", BY_PEFT]
+    _write_part(Path(folder), "adapter", [*lines, "", *load, "", HELD])
 
 
 def describe_lora(model: PeftModel, folder: str | Path, *, base_name: str) -> None:
@@ -85,7 +83,7 @@ def describe_lora(model: PeftModel, folder: str | Path, *, base_name: str) -> No
         "parameters": f"{_num_parameters(model, model.active_adapter):,}",
     }
     lines = [f"# LoRA of rank {config.r}", "", *_table(("", ""), facts.items())]
-    _write_part(Path(folder), "adapter", [*lines, "", LOAD_LORA])
+    _write_part(Path(folder), "adapter", [*lines, "", LOAD, "", BY_PEFT])
 
 
 def describe_training(
@@ -107,6 +105,33 @@ def describe_training(
         lines += ["## Measured", "", f"Perplexity (lower is better) on {measured_on}.", ""]
         lines += _table(("", *map(shown, datasets)), rows)
     _write_part(Path(folder), "training", lines)
+
+
+def measure_and_describe(
+    model: PeftModel, tokenizer, folder: str | Path, held_out: Mapping[str, Iterable[str]], facts: Mapping[str, Any]
+) -> dict[str, dict[str, float]]:
+    """Measure an adapter and its base on the first 16 blocks of 256 tokens of held-out text; write it into the card.
+
+    Args:
+        model: with the adapter active.
+        tokenizer: the base's.
+        folder: where the adapter is saved.
+        held_out: documents of each dataset.
+        facts: as in `describe_training`.
+
+    Returns:
+        Perplexity of `base` and `this adapter` by dataset.
+    """
+
+    def measure() -> dict[str, float]:
+        few = {"block_size": 256, "max_blocks": 16}
+        return {name: measure_texts(model, tokenizer, texts, **few).perplexity for name, texts in held_out.items()}
+
+    with model.disable_adapter():
+        base = measure()
+    perplexity = {"base": base, "this adapter": measure()}
+    describe_training(folder, facts, perplexity, measured_on="the first 16 blocks of 256 tokens of each test split")
+    return perplexity
 
 
 def shown(dataset: str) -> str:

@@ -11,6 +11,7 @@ import torch
 from peft import MoELoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Trainer, TrainingArguments
 
+from dylo_moe.model_card import describe_mixture, measure_and_describe
 from foundation.base_model import resolve_model_name
 from foundation.data import load_documents, pack_documents
 from foundation.options import PlainParser
@@ -27,6 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", default="out/quantized", help="folder of the mixture")
     options = parser.parse_args(argv)
 
+    held_out = {options.data: load_documents(options.data, "test")["text"]}
     where = resolve_model_name(options.model)
     tokenizer = AutoTokenizer.from_pretrained(where)
     if options.bits == 8:
@@ -50,7 +52,10 @@ def main(argv: list[str] | None = None) -> None:
         options.output, max_steps=options.steps, per_device_train_batch_size=8, learning_rate=1e-3, report_to="none"
     )
     Trainer(model, arguments, train_dataset=rows).train()
+    describe_mixture(model, options.output, base_name=options.model)  # its model card
     model.save_pretrained(options.output)
+    facts = {"data": options.data, "steps": options.steps, "quantised base": f"{options.bits}bit"}
+    print(measure_and_describe(model, tokenizer, options.output, held_out, facts))  # perplexity, for the card too
 
     model = PeftModel.from_pretrained(load_base(), options.output)
     prompt = tokenizer("The river", return_tensors="pt").to(model.device)

@@ -10,6 +10,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, MoELoraConfig
 from trl import SFTConfig, SFTTrainer
 
+from dylo_moe.model_card import describe_mixture, measure_and_describe
 from foundation.base_model import load_base_model
 from foundation.data import load_documents
 from foundation.options import PlainParser
@@ -28,6 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", default="out/mixture", help="folder of the mixture")
     options = parser.parse_args(argv)
 
+    held_out = {options.data: load_documents(options.data, "test")["text"]}
     base, tokenizer = load_base_model(options.model)  # or AutoModelForCausalLM and AutoTokenizer .from_pretrained
     mixture = MoELoraConfig(
         num_experts=options.num_experts,
@@ -55,7 +57,10 @@ def main(argv: list[str] | None = None) -> None:
         processing_class=tokenizer,
     )
     trainer.train()  # the router's balance loss is part of the loss
+    describe_mixture(trainer.model, options.output, base_name=options.model)  # its model card
     trainer.save_model(options.output)  # experts and router, not the base
+    facts = {"data": options.data, "steps": options.steps}
+    print(measure_and_describe(trainer.model, tokenizer, options.output, held_out, facts))  # perplexity, for the card
 
     model = AutoPeftModelForCausalLM.from_pretrained(options.output)
     prompt = tokenizer("The river", return_tensors="pt").to(model.device)

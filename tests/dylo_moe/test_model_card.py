@@ -6,9 +6,12 @@ import pytest
 import torch
 from dylora_testing import tiny_mixture
 from huggingface_hub import ModelCard
+from peft import AutoPeftModelForCausalLM, MoELoraConfig, get_peft_model
 
 from dylo_moe import DyLoRA_MoE
-from dylo_moe.model_card import CARD, describe_training
+from dylo_moe.model_card import CARD, describe_mixture, describe_training, measure_and_describe
+from foundation.base_model import load_base_model
+from foundation.perplexity import measure_texts
 
 
 def card_rows(folder) -> dict[str, str]:
@@ -62,3 +65,22 @@ def test_skills_are_named_with_their_experts(model, tmp_path):
     model.skills.add("rain", torch.randn(4, model.config.hidden_size), expert="expert_1")
     model.save_pretrained(tmp_path)
     assert card_rows(tmp_path)["rain"] == "expert_1 | 4"
+
+
+def test_the_card_of_a_plain_mixture_says_how_it_loads_and_what_was_measured_of_what_is_saved(tiny_base, tmp_path):
+    base, tokenizer = load_base_model(tiny_base)
+    config = MoELoraConfig(
+        num_experts=3, r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False
+    )
+    model = get_peft_model(base, config)
+    describe_mixture(model, tmp_path, base_name="tiny")
+    model.save_pretrained(tmp_path)
+    held_out = {"rain": ["rain falls on the hills"] * 9}
+    measured = measure_and_describe(model, tokenizer, tmp_path, held_out, {"steps": 3})
+    text, rows = (tmp_path / CARD).read_text(), card_rows(tmp_path)
+    assert "AutoPeftModelForCausalLM" in text and "DyLoRA_MoE" not in text and "More Information Needed" not in text
+    assert rows["base model"].startswith("`tiny`") and rows["expert_2"].startswith("2 | ") and rows["steps"] == "3"
+    again = AutoPeftModelForCausalLM.from_pretrained(tmp_path)
+    found = measure_texts(again, tokenizer, held_out["rain"], block_size=256).perplexity
+    assert measured["this adapter"]["rain"] == pytest.approx(found) != measured["base"]["rain"]
+    assert rows["this adapter"] == f"{found:.2f}" and rows["base"] == f"{measured['base']['rain']:.2f}"

@@ -38,11 +38,20 @@ def test_an_example_is_short_and_is_run_here(path):
     assert f'example("{path.stem}")' in Path(__file__).read_text(encoding="utf-8")
 
 
+def card(folder: str) -> str:
+    """The model card of what an example saved, which holds no form to fill in."""
+    text = (Path(folder) / "README.md").read_text()
+    assert "More Information Needed" not in text
+    assert "AutoPeftModelForCausalLM" in text and "| base | " in text and "| this adapter | " in text
+    return text
+
+
 def test_sft_trains_a_mixture_that_loads_and_writes(tiny_base, one_source, tmp_path, capsys):
     options = ["--model", str(tiny_base), "--data", one_source, "--steps", "2", "--max_length", "16"]
     example("train_mixture").main([*options, "--num_experts", "3", "--output", "mixture"])
     said = capsys.readouterr().out
     assert "model.layers.0 {'expert_0': " in said and "The mixture lies in mixture" in said
+    assert "# Mixture of 3 LoRA experts" in card("mixture")
     saved = load_file(tmp_path / "mixture" / "adapter_model.safetensors")
     assert all(tensor.any() for name, tensor in saved.items() if "lora_B.expert_2" in name)  # B starts at zero
 
@@ -58,6 +67,7 @@ def test_adapters_are_composed_and_the_router_alone_is_trained(tiny_base, tiny_s
     options = ["--model", str(tiny_base), "--data", tiny_sources, "--steps", "2", "--output", "composed"]
     example("compose_adapters").main(["--experts", *named, *options])
     assert "The mixture, with its experts, lies in composed" in capsys.readouterr().out
+    assert "| second | 3 | 8 | q_proj, up_proj |" in card("composed")
     saved = load_file("composed/adapter_model.safetensors")
     for name, folder in folders.items():
         given = load_file(folder / "adapter_model.safetensors")
@@ -72,6 +82,7 @@ def test_without_adapters_the_example_makes_one_for_each_dataset(tiny_base, tiny
     ranks = {key: len(tensor) for key, tensor in load_file("out/adapter_model.safetensors").items()}
     assert {rank for key, rank in ranks.items() if "lora_A.rain" in key} == {4}
     assert {rank for key, rank in ranks.items() if "lora_A.code" in key} == {5}
+    assert "# LoRA of rank 5" in Path("out/experts/code/README.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +108,7 @@ def base_of_width_64(tiny_base, tmp_path_factory):
 def test_a_mixture_is_trained_on_a_quantised_base_and_loads_onto_the_full_one(bits, base_of_width_64, one_source):
     options = ["--model", str(base_of_width_64), "--data", one_source, "--steps", "2", "--bits", str(bits)]
     example("quantized_base").main([*options, "--output", "quantized"])
+    assert f"| quantised base | {bits}bit |" in card("quantized")
     full = AutoModelForCausalLM.from_pretrained(base_of_width_64)
     ids = torch.arange(3, 19)[None]
     bare = full(input_ids=ids).logits
