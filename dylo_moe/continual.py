@@ -157,8 +157,13 @@ def run(config: ContinualConfig) -> dict:
         What `results.json` holds.
 
     Raises:
-        ValueError: unknown or too little data, or an output folder with a run of other settings.
+        ValueError: unknown or too little data, an output folder with a run of other settings, or several processes.
     """
+    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise ValueError(
+            f"{processes} processes were started, but skills are learnt in one. Start train.py --continual by python "
+            "alone."
+        )
     started, on_cpu, output = time.monotonic(), time.process_time(), Path(config.output_dir)
     refuse_other_settings(output, asdict(config), free=("output_dir",))
     base, tokenizer = load_base_model(config.model_name)

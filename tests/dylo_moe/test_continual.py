@@ -303,3 +303,10 @@ def test_what_cannot_run_is_refused_before_anything_is_written(tiny_base, source
     with pytest.raises(ValueError, match=message):
         run(config_of(tiny_base, tmp_path / "run", skills, **changed))
     assert not (tmp_path / "run").exists()
+
+
+def test_several_processes_are_refused_before_anything_is_written(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were started, but skills are learnt in one"):
+        run(ContinualConfig(output_dir=str(tmp_path / "run"), model_name="no/such/folder/here"))
+    assert not (tmp_path / "run").exists()
