@@ -1,9 +1,9 @@
 """Run a Python program that nobody has read, in a subprocess with limits.
 
 The program gets an empty folder that is deleted afterwards, an empty environment, no inherited files, and limits on
-its time, memory, file sizes and processes; it is killed with all it started when its time is up. This stops accidents.
-It is no wall against malice: the program can read what the user can read, and reach the network. Run untrusted models
-in a container or a virtual machine.
+its time, memory, open files and their sizes; it is killed with all it started when its time is up. This stops
+accidents. It is no wall against malice: the program can read what the user can read, start processes, and reach the
+network. Run untrusted models in a container or a virtual machine.
 """
 
 import contextlib
