@@ -30,15 +30,18 @@ def starve(model, block: int) -> None:
     gate.register_forward_hook(hook)
 
 
-def test_usage_is_the_mean_over_all_tokens_seen_not_over_calls(mixture):
+def test_what_is_reported_is_the_mean_over_all_tokens_seen_not_over_calls(mixture):
     watch = RoutingWatch(mixture)
     counted: dict[str, torch.Tensor] = {}
+    expected = {"entropy": 0.0, "balance": 0.0}
     for rows in (1, 7):
         run(mixture, rows=rows)
         watch.look()
         for gate, seen in mixture.routing_summary().items():
             tokens = torch.tensor([share * seen["tokens"] for share in seen["usage"].values()])
             counted[gate] = counted.get(gate, 0) + tokens
+            for name in expected:
+                expected[name] += seen[name] * seen["tokens"] / (2 * 80)
     logs = watch.report()
     for gate, tokens_E in counted.items():
         found = [logs[f"routing/{gate}/usage/expert_{i}"] for i in range(3)]
@@ -46,6 +49,8 @@ def test_usage_is_the_mean_over_all_tokens_seen_not_over_calls(mixture):
     entropies = [value for name, value in logs.items() if name.endswith("/entropy")]
     assert len(entropies) == 2
     assert logs["router_entropy"] == pytest.approx(sum(entropies) / 2)
+    assert logs["router_entropy"] == pytest.approx(expected["entropy"])
+    assert logs["router_balance"] == pytest.approx(expected["balance"])
 
 
 def test_what_was_reported_is_forgotten(mixture):

@@ -16,11 +16,12 @@ WAYS = {
 
 
 def adapters(folder) -> dict[str, str]:
-    """Three LoRA adapters that change something."""
+    """Three LoRA adapters that change something, each otherwise."""
     for seed in range(3):
+        base = tiny_llama()  # which seeds too
         torch.manual_seed(seed)
         config = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
-        get_peft_model(tiny_llama(), config).save_pretrained(folder / f"adapter{seed}")
+        get_peft_model(base, config).save_pretrained(folder / f"adapter{seed}")
     return {str(seed): str(folder / f"adapter{seed}") for seed in range(3)}
 
 
