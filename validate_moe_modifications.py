@@ -16,6 +16,7 @@ from dylo_moe.equivalence_models import Source, open_checkpoint, open_model
 from dylo_moe.equivalence_report import as_json, as_table
 from foundation.allocator import keep_freed_memory
 from foundation.base_model import COMMITTED
+from foundation.commands import INTERRUPTED
 from foundation.options import PlainParser
 from foundation.whole_files import write_text
 
@@ -52,7 +53,11 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as refused:
         parser.error(_one_line(refused))
 
-    results = validate(source)
+    try:
+        results = validate(source)
+    except KeyboardInterrupt:
+        print("Stopped; nothing was written.", file=sys.stderr)
+        return INTERRUPTED
     print(as_table(results))
     rows = None
     if speed is not None:

@@ -30,7 +30,7 @@ INTERRUPTED = 130  # what a shell reports of a program that was stopped by Ctrl-
 LOG_FORMAT, LOG_TIME = "%(asctime)s %(message)s", "%H:%M:%S"
 # A line for every request; a line for every product of an 8-bit layer.
 QUIETER = {"httpx": logging.WARNING, "bitsandbytes.autograd._functions": logging.ERROR}
-STOPPED = "Stopped. The same command goes on from what it has kept."
+STOPPED = "Stopped. The same command goes on from what it has kept, unless it is told to begin anew."
 
 
 @dataclass(frozen=True)

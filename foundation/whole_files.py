@@ -32,6 +32,8 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 def whole_folder(path: str | Path) -> Iterator[Path]:
     """An empty folder to fill; it takes its place when the block ends without an error, and is deleted otherwise.
 
+    Who may read the folder may read its files: safetensors makes them readable to their owner alone.
+
     Raises:
         FileExistsError: something other than an empty folder is in that place, before the block or after it.
     """
@@ -44,6 +46,9 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
+        for file in partial.rglob("*"):
+            if file.is_file():
+                file.chmod(partial.stat().st_mode & 0o666)
         try:
             os.replace(partial, path)
         except OSError as taken:

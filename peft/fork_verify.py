@@ -84,7 +84,8 @@ def _style(copy: Path, changed: list[str]) -> list[str]:
         done = subprocess.run([*ruff, *command, *files], cwd=copy, capture_output=True, text=True)
         if files and done.returncode:
             said = (done.stdout + done.stderr).splitlines()
-            wrong += [f"ruff {command[0]}: {line}" for line in said if ".py" in line or "rror" in line]
+            named = [line for line in said if ".py" in line or "rror" in line]
+            wrong += [f"ruff {command[0]}: {line}" for line in named or said[-1:]]
     return wrong
 
 

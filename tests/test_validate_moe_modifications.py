@@ -330,6 +330,16 @@ def test_a_package_that_the_model_needs_is_named_and_no_benchmark_blamed(capsys,
     assert "needs the package bitsandbytes" in said and "benchmark" not in said
 
 
+def test_ctrl_c_is_a_line_and_leaves_no_file(capsys, monkeypatch, tmp_path):
+    def stop(source):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(validate_moe_modifications, "validate", stop)
+    assert validate_moe_modifications.main(["--json", str(tmp_path / "results.json")]) == 130
+    assert capsys.readouterr().err.endswith("Stopped; nothing was written.\n")
+    assert not list(tmp_path.iterdir())
+
+
 def test_help_shows_each_flag_its_default_and_ends_with_an_example():
     command = [sys.executable, "validate_moe_modifications.py", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -53,7 +53,6 @@ def save_packed(
         model.config.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
-        (partial / WEIGHTS).chmod(0o644)  # safetensors makes its files readable to their owner alone
         noted = {
             "bits": form.bits,
             "group_size": form.group_size,

@@ -124,5 +124,3 @@ def _save_as_transformers_does(place: Path, model: PreTrainedModel, tokenizer: P
     with whole_folder(place) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        for file in partial.glob("*.safetensors"):
-            file.chmod(0o644)  # safetensors makes its files readable to their owner alone

@@ -47,7 +47,6 @@ def save(model: MoQEModel, folder: Path, noted: dict[str, Any] | None = None) ->
             },
         )
         save_file({name: tensor.cpu() for name, tensor in model.router.state_dict().items()}, partial / WEIGHTS)
-        (partial / WEIGHTS).chmod(0o644)  # safetensors makes its files readable to their owner alone
         model.expert_set.tokenizer.save_pretrained(partial)
 
 

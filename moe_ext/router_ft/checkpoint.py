@@ -58,7 +58,7 @@ def save_checkpoint(
         if model.generation_config is not None:
             model.generation_config.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        _write_tensors(partial, checkpoint_tensors(model, packed))
+        save_torch_state_dict(checkpoint_tensors(model, packed), partial)
         _write_record(partial, plan, record)
 
 
@@ -86,7 +86,7 @@ def save_with_routers(
         for file in source.iterdir():
             if file.suffix != ".safetensors" and file.name not in (INDEX, RECORD):
                 shutil.copyfile(file, partial / file.name)
-        _write_tensors(partial, tensors)
+        save_torch_state_dict(tensors, partial)
         _write_record(partial, plan, record)
 
 
@@ -147,12 +147,6 @@ def quantization_config(plan: Plan) -> dict[str, Any]:
         "config_groups": groups,
         "ignore": [name for name, given in plan.formats.items() if check_format(given).preset is None],
     }
-
-
-def _write_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
-    save_torch_state_dict(tensors, folder)
-    for file in folder.glob("*.safetensors"):
-        file.chmod(0o644)  # safetensors makes its files readable to their owner alone
 
 
 def _write_record(folder: Path, plan: Plan, record: dict[str, Any]) -> None:

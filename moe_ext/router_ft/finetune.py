@@ -242,9 +242,8 @@ class _Run:
         options = self._options()
         if other := [name for name in options if saved["options"].get(name) != options[name]]:
             raise ValueError(
-                f"{self.checkpoint} is of a finetuning with another {other[0]} "
-                f"({saved['options'].get(other[0])} instead of {options[other[0]]}). Use the same options to continue "
-                "it, or delete the file to begin anew."
+                f"{self.checkpoint} is of another finetuning: {other[0]} is {saved['options'].get(other[0])} there, "
+                f"{options[other[0]]} here. Use the same options to continue it, or delete the file to begin anew."
             )
         self.state = saved["state"]
         for name, master in self.masters.items():

@@ -353,6 +353,23 @@ class TestFromTrainedAdapters:
         loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "mixture")
         assert torch.equal(logits(loaded), logits(model))
 
+    @pytest.mark.parametrize("names", [("0", "1"), ("mlp", "self_attn")], ids=str)
+    def test_an_expert_named_as_a_module_leaves_none_out_of_the_export_of_another(self, names, base_folder, tmp_path):
+        model = get_peft_model(
+            load_base(base_folder),
+            MoELoraConfig(
+                experts=list(names),
+                target_modules=["q_proj", "down_proj"],
+                init_lora_weights=False,
+                task_type="CAUSAL_LM",
+            ),
+        )
+        for name in names:
+            model.base_model.export_expert(name, tmp_path / name)
+            model.set_adapter(name)
+            stock = PeftModel.from_pretrained(load_base(base_folder), tmp_path / name)
+            assert torch.equal(logits(stock), logits(model))
+
     def test_an_adapter_of_another_base_is_refused(self, base_folder, trained, tmp_path):
         other = tiny_base("llama", num_hidden_layers=1)
         config = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")

@@ -87,7 +87,11 @@ def test_what_a_user_can_set_right_is_one_line_and_exit_code_2(say, words, told)
 
 
 def test_a_stop_says_how_to_go_on(say):
-    assert say("stop") == (130, "", "Stopped. The same command goes on from what it has kept.\n")
+    assert say("stop") == (
+        130,
+        "",
+        "Stopped. The same command goes on from what it has kept, unless it is told to begin anew.\n",
+    )
 
 
 def test_a_fault_of_the_program_keeps_its_traceback(say):

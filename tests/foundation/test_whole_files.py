@@ -1,6 +1,9 @@
 import json
+import stat
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from foundation.whole_files import whole_file, whole_folder, write_json, write_text
 
@@ -45,6 +48,15 @@ def test_a_folder_is_there_when_all_of_it_is_written(tmp_path):
         assert not (tmp_path / "out").exists()
     assert names(tmp_path) == ["out"]
     assert names(tmp_path / "out") == ["a"]
+
+
+def test_who_may_read_a_folder_may_read_what_safetensors_wrote_into_it(tmp_path):
+    with whole_folder(tmp_path / "out") as partial:
+        (partial / "deep").mkdir()
+        save_file({"a": torch.zeros(2)}, partial / "deep" / "a.safetensors")
+        write_text(partial / "b", "as every file")
+    rights = [stat.S_IMODE((tmp_path / "out" / name).stat().st_mode) for name in ("deep/a.safetensors", "b")]
+    assert rights == [stat.S_IMODE((tmp_path / "out").stat().st_mode) & 0o666] * 2
 
 
 def test_a_folder_that_fails_half_way_leaves_nothing(tmp_path):

@@ -116,7 +116,7 @@ def test_a_checkpoint_of_another_model_is_refused(damaged, tmp_path, monkeypatch
     monkeypatch.setattr(_Run, "_step", stop)
     with pytest.raises(RuntimeError):
         finetune_routers(student, some_blocks(), FinetuneConfig(), checkpoint=tmp_path / "run.pt")
-    with pytest.raises(ValueError, match="another weights"):
+    with pytest.raises(ValueError, match="is of another finetuning: weights is"):
         finetune_routers(teacher, some_blocks(), FinetuneConfig(), checkpoint=tmp_path / "run.pt")
 
 
@@ -129,7 +129,7 @@ def test_a_checkpoint_of_other_options_is_refused(damaged, tmp_path, monkeypatch
     monkeypatch.setattr(_Run, "_step", stop)
     with pytest.raises(KeyboardInterrupt):
         finetune_routers(student, some_blocks(), FinetuneConfig(lr=1e-3), checkpoint=tmp_path / "run.pt")
-    with pytest.raises(ValueError, match=r"another lr \(0.001 instead of 0.002\)"):
+    with pytest.raises(ValueError, match="another finetuning: lr is 0.001 there, 0.002 here"):
         finetune_routers(student, some_blocks(), FinetuneConfig(lr=2e-3), checkpoint=tmp_path / "run.pt")
 
 

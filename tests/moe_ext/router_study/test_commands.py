@@ -12,6 +12,7 @@ pytest.importorskip("plotly", reason="needs the extra 'study'")
 pytest.importorskip("matplotlib", reason="needs the extra 'study'")
 
 from foundation.base_model import COMMITTED_FOLDER, load_base_model
+from foundation.commands import STOPPED
 from moe_ext.router_study.__main__ import COMMANDS, main
 
 TEXT = {"max_tokens": 256, "row_tokens": 32, "split": "all"}
@@ -234,7 +235,7 @@ def test_a_run_that_is_interrupted_says_how_to_go_on(say, undrawn, monkeypatch, 
     with monkeypatch.context() as patched:
         patched.setattr("moe_ext.router_study.run_command.write_study", stop)
         code, _, error = say("run", out="study", replicates=3)
-    assert (code, error) == (130, "Stopped. The same command goes on from what it has kept.")
+    assert (code, error) == (130, STOPPED)
     assert not (tmp_path / "study").exists()
     assert (tmp_path / "study.collecting/state.safetensors").exists()
     assert say("run", out="study", replicates=3)[0] == 0

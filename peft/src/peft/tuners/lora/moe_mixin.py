@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -261,7 +262,15 @@ class RoutedLoraMixin:
             held = [key for key, value in self.peft_config.items() if value.peft_type == PeftType.LORA]
             raise ValueError(f"There is no LoRA adapter '{name}' to export; this model holds {held}.")
         os.makedirs(save_directory, exist_ok=True)
-        state_dict = get_peft_model_state_dict(self, adapter_name=name)
+        # PEFT leaves out every weight with the name of another adapter in its path, also where that is a module's name,
+        # as numbers are names of layers: it gets the weights of one adapter, and shall know of no other.
+        others, adapters = self.peft_config.keys() - {name}, self.peft_config
+        weights = {k: v for k, v in self.state_dict().items() if not any(is_of_adapter(k, other) for other in others)}
+        try:
+            self.peft_config = {name: config}
+            state_dict = get_peft_model_state_dict(self, state_dict=weights, adapter_name=name)
+        finally:
+            self.peft_config = adapters
         tensors = {f"base_model.{key}": value.detach().contiguous() for key, value in state_dict.items()}
         path = os.path.join(save_directory, SAFETENSORS_WEIGHTS_NAME)
         save_file(tensors, path + ".partial", metadata={"format": "pt"})
@@ -400,6 +409,11 @@ class RoutedLoraMixin:
             handles.append(module.register_forward_pre_hook(context.begin, with_kwargs=True))
             handles.append(module.register_forward_hook(context.end, with_kwargs=True, always_call=True))
         return handles
+
+
+def is_of_adapter(key: str, name: str) -> bool:
+    """Whether a key of the state dict is a LoRA weight of this adapter; layers may be numbered like adapters."""
+    return re.search(rf"\.lora_\w+\.{re.escape(name)}(\.|$)", key) is not None
 
 
 def _refuse_unroutable(layers: dict[str, nn.Module]) -> None:

@@ -15,14 +15,13 @@
 from __future__ import annotations
 
 import copy
-import re
 from typing import Any, Optional
 
 from torch import nn
 
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.model import LoraModel
-from peft.tuners.lora.moe_mixin import RoutedLoraMixin
+from peft.tuners.lora.moe_mixin import RoutedLoraMixin, is_of_adapter
 from peft.tuners.lora.moe_router import Router
 from peft.tuners.tuners_utils import (
     BaseTuner,
@@ -117,7 +116,7 @@ class MoELoraModel(LoraModel):
         loaded = set_peft_model_state_dict(
             self.model, load_peft_weights(source, device="cpu"), name, low_cpu_mem_usage=low_cpu_mem_usage
         )
-        missing = [key for key in loaded.missing_keys if _is_of_adapter(key, name)]
+        missing = [key for key in loaded.missing_keys if is_of_adapter(key, name)]
         if loaded.unexpected_keys or missing:
             raise ValueError(
                 f"The adapter '{source}' for expert '{name}' does not fit this base model: unexpected "
@@ -293,7 +292,7 @@ class MoELoraModel(LoraModel):
         expected = {
             key
             for key in _filter_state_dict_by_key_prefixes(held, _get_tuner_state_dict_key_prefixes(model))
-            if not any(_is_of_adapter(key, name) for name in others)
+            if not any(is_of_adapter(key, name) for name in others)
         }
         missing, unexpected = sorted(expected - state_dict.keys()), sorted(state_dict.keys() - held.keys())
         if missing or unexpected:
@@ -303,11 +302,6 @@ class MoELoraModel(LoraModel):
                 "they were saved with, onto the base model they were trained for."
             )
         return state_dict
-
-
-def _is_of_adapter(key: str, name: str) -> bool:
-    """Whether a key of the state dict is a LoRA weight of this adapter; layers may be numbered like adapters."""
-    return re.search(rf"\.lora_\w+\.{re.escape(name)}(\.|$)", key) is not None
 
 
 def _load_lora_config(name: str, source: str, inference_mode: bool) -> LoraConfig:
