@@ -19,11 +19,12 @@ from transformers import set_seed
 from dylo_moe import data_report
 from dylo_moe.adapters import MixtureConfig, add_lora_of_size, add_mixture, num_trained
 from dylo_moe.expert_usage import draw_usage, usage_by_block
+from dylo_moe.instruction_data import render_question
 from dylo_moe.model_card import describe_lora, describe_training, shown
 from dylo_moe.run_settings import SETTINGS, refuse_other_settings
 from dylo_moe.throughput import tokens_per_second
 from dylo_moe.training import CHECKPOINTS, TrainingConfig, forget_training, is_trained, train_adapter
-from dylo_moe.training_data import DataConfig, PreparedData, prepare
+from dylo_moe.training_data import DataConfig, PreparedData, prepare, reads_conversations
 from foundation.base_model import Quantization, load_base_model
 from foundation.batches import TurnTakingSampler, collate
 from foundation.checkpoints import checkpoints, is_complete
@@ -330,9 +331,13 @@ def _describe_training(folder: Path, results: dict, adapter: str) -> None:
 def _continuations(model, tokenizer, data: DataConfig) -> dict[str, tuple[str, str]]:
     continued = {}
     for domain in data.domains:
-        words = load_documents(domain, "test", text_column=data.text_column)[0]["text"].split(" ")
-        prompt = tokenizer(" ".join(words[:16]), return_tensors="pt", add_special_tokens=False)["input_ids"][:, :48]
-        prompt = prompt.to(model.device)
+        documents = load_documents(domain, "test", text_column=data.text_column)
+        if reads_conversations(domain, documents.column_names, data):
+            beginning, limit = render_question(documents[0], tokenizer, domain), data.max_seq_length
+        else:
+            beginning, limit = " ".join(documents[0]["text"].split(" ")[:16]), 48
+        prompt = tokenizer(beginning, return_tensors="pt", add_special_tokens=False)["input_ids"]
+        prompt = prompt[:, :limit].to(model.device)
         with torch.no_grad():
             tokens = model.generate(
                 input_ids=prompt,

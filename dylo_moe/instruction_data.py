@@ -130,6 +130,12 @@ def encode_conversation(messages: list[dict[str, str]], tokenizer) -> tuple[list
     return input_ids, labels
 
 
+def render_question(document: dict[str, Any], tokenizer, where: str) -> str:
+    """What stands before the first answer of a conversation, as a model that is to answer it reads it."""
+    messages = itertools.takewhile(lambda message: message["role"] != "assistant", as_messages(document, where))
+    return render(list(messages), with_chat_template(tokenizer), add_generation_prompt=True)
+
+
 def render(messages: list[dict[str, str]], tokenizer, *, add_generation_prompt: bool = False) -> str:
     """The conversation as the template writes it."""
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)

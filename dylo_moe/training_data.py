@@ -114,8 +114,7 @@ def prepare(
     percent = config.training_subset if split == "train" else config.eval_subset
     order = reading_order(len(documents), seed)
     order = order[: math.ceil(len(order) * percent / 100)]
-    as_text = name in DOMAINS or config.as_text or config.text_column or not is_instruction(documents.column_names)
-    make = _blocks_of_text if as_text else _conversations
+    make = _conversations if reads_conversations(name, documents.column_names, config) else _blocks_of_text
     prepared = make(name, documents, order, tokenizer, config, apart=apart, training=split == "train", limit=max_rows)
     if len(prepared.rows) == 0:
         raise ValueError(
@@ -124,6 +123,12 @@ def prepare(
             "or set --keep_truncated."
         )
     return prepared
+
+
+def reads_conversations(name: str, columns: list[str], config: DataConfig) -> bool:
+    """Whether a dataset of these columns is read as instruction data, and not as plain text."""
+    as_text = name in DOMAINS or config.as_text or config.text_column
+    return not as_text and is_instruction(columns)
 
 
 def _blocks_of_text(name, documents, order, tokenizer, config, *, apart, training, limit) -> PreparedData:

@@ -137,13 +137,19 @@ def test_an_output_folder_that_is_a_file_is_refused(tiny_options, tmp_path, caps
     assert "notes, which is a file. Name a folder with --output_dir" in capsys.readouterr().err
 
 
-def test_each_kind_of_row_is_measured_as_it_was_trained(finished, tiny_options, tiny_sources, tiny_chats, tmp_path):
+def test_each_kind_of_row_is_measured_and_continued_as_it_was_trained(
+    finished, tiny_options, tiny_sources, tiny_chats, tmp_path
+):
     mixed = f"{tiny_sources},{tiny_chats}"
     assert train.main(tiny_options(tmp_path, datasets=mixed, compare=False, max_seq_length=64)) == 0
-    perplexity = json.loads((tmp_path / "results.json").read_text())["perplexity"]
+    results = json.loads((tmp_path / "results.json").read_text())
+    perplexity = results["perplexity"]
     assert set(perplexity) == {"base", "mixture"}
     assert set(perplexity["mixture"]) == set(mixed.split(","))
     assert all(perplexity["mixture"][name] != perplexity["base"][name] for name in mixed.split(","))
+    prompts = {name: prompt for name, (prompt, _) in results["continuations"].items()}
+    assert prompts.pop(tiny_chats) == " Question: What is 0 plus one? Answer:"  # without its answer
+    assert all(prompt.startswith(" test 0 ") for prompt in prompts.values())
 
 
 def test_without_a_comparison_no_lora_is_trained_and_the_table_still_stands(tiny_options, tmp_path):
