@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where it runs")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="number format")
     parser.add_argument("--size", choices=tuple(SIZES), help="the base model; small on a CPU, large on CUDA")
-    parser.add_argument("--parts", type=part_names, default=list(PARTS), metavar="NAMES", help="comma-separated parts")
+    parser.add_argument("--parts", type=part_names, default=",".join(PARTS), metavar="NAMES", help="which, by commas")
     parser.add_argument("--rounds", type=number_of_rounds, default=ROUNDS, metavar="N", help="times each way is run")
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="folder of the results; by default results/DEVICE-DTYPE"
