@@ -9,7 +9,6 @@ python train.py --continual --help
 
 import logging
 import sys
-import warnings
 from pathlib import Path
 
 from dylo_moe import continual, first_mixture
@@ -53,5 +52,4 @@ def _speak_as_first_process() -> None:
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated.*", category=FutureWarning)
     sys.exit(main())

@@ -6,6 +6,7 @@ def main(argv=None):
 
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,8 @@ INTERRUPTED = 130  # what a shell reports of a program that was stopped by Ctrl-
 LOG_FORMAT, LOG_TIME = "%(asctime)s %(message)s", "%H:%M:%S"
 # A line for every request; a line for every product of an 8-bit layer.
 QUIETER = {"httpx": logging.WARNING, "bitsandbytes.autograd._functions": logging.ERROR}
+# PEFT 0.21.2 asks transformers 5 by the older name whether checkpointing is on, whenever an adapter is loaded.
+OLDER_NAME = ".*gradient_checkpointing.* is deprecated.*"
 STOPPED = "Stopped. The same command goes on from what it has kept, unless it is told to begin anew."
 
 
@@ -99,6 +102,7 @@ def run_command(parser: OptionParser, work: Callable[..., str | None], argv: Seq
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, datefmt=LOG_TIME, stream=sys.stderr)
     for name, least in QUIETER.items():
         logging.getLogger(name).setLevel(least)
+    warnings.filterwarnings("ignore", message=OLDER_NAME, category=FutureWarning)
     try:
         text = work(*parser.parse(argv))
     except REFUSALS as refused:

@@ -1,6 +1,7 @@
 """Commands: which one is meant, what is printed, and how refusals, stops and errors end."""
 
 import sys
+import warnings
 from dataclasses import dataclass, field
 
 import pytest
@@ -25,6 +26,11 @@ def raises(error: BaseException):
     return work
 
 
+def warns(_: Options) -> None:
+    for message in ("`is_gradient_checkpointing` is deprecated and will be removed", "water the roses"):
+        warnings.warn(message, FutureWarning, stacklevel=1)
+
+
 COMMANDS = {
     "grow tall": Command(Options, lambda options: f"tall {options.size}", "Grow upwards."),
     "--trim": Command(Options, lambda options: f"trimmed to {options.size}", "Cut.", keeps_memory=False),
@@ -33,6 +39,7 @@ COMMANDS = {
     "fetch": Command(Options, raises(DownloadError("no network")), "Have no network."),
     "find": Command(Options, raises(FileNotFoundError("no file\nhere")), "Miss a file."),
     "write": Command(Options, raises(NotADirectoryError(20, "Not a directory", "notes.txt/run")), "Find no folder."),
+    "warn": Command(Options, warns, "Warn twice."),
     "break": Command(Options, raises(TypeError("a fault of the program")), "Fail."),
 }
 NAMES = ", ".join(COMMANDS)
@@ -92,6 +99,11 @@ def test_a_stop_says_how_to_go_on(say):
         "",
         "Stopped. The same command goes on from what it has kept, unless it is told to begin anew.\n",
     )
+
+
+def test_what_peft_asks_by_an_older_name_is_not_told_to_the_user(say, recwarn):
+    assert say("warn") == (0, "", "")
+    assert [str(warning.message) for warning in recwarn] == ["water the roses"]
 
 
 def test_a_fault_of_the_program_keeps_its_traceback(say):
