@@ -45,7 +45,6 @@ class MoELoraModel(LoraModel):
     expert runs it as a plain LoRA adapter.
 
     Example:
-
         ```py
         >>> from transformers import AutoModelForCausalLM
         >>> from peft import MoELoraConfig, get_peft_model
