@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -40,6 +41,8 @@ ALL_SOURCES: tuple[SourceName, ...] = ("heads", "copies")
 
 # The text before the passes whose cost is measured: so many tokens, going round, so that there is something to copy.
 COST_CONTEXT, COST_PERIOD = 64, 8
+# What `generate` measured of the models that are alive.
+MEASURED: WeakKeyDictionary[MultiTokenMoE, dict[tuple, PassCosts]] = WeakKeyDictionary()
 
 
 @dataclass
@@ -116,8 +119,7 @@ def generate(
         mode: `lossless` gives the backbone's own output, `fast` takes drafts unread.
         sources: what may draft: `heads`, `copies`; by default both, and in `fast` the heads.
         plan: which of them drafts, and how much; by default `lossless` weighs their cost against the routers' gates,
-            and `fast` asks the heads whose gate is open. The cost is measured in every call without a plan: for
-            several, make one `Planner(costs_of(model))`.
+            and `fast` asks the heads whose gate is open. The cost is measured in the first call for a batch size.
         stop_strings: texts that end a row, found with the tokenizer.
         tokenizer: the backbone's own; needed for stop strings alone.
         streamer: receives tokens as they are decided; batch of 1 only, as in transformers.
@@ -141,7 +143,7 @@ def generate(
                 f"mode is fast and sources is {', '.join(sources)}, but what is taken unread are drafts of heads. Add "
                 "heads, or give a plan for the copies."
             )
-        plan = Planner(costs_of(model, sources, batch_size=len(input_ids))) if mode == "lossless" else OpenGates()
+        plan = Planner(_known_costs(model, sources, len(input_ids))) if mode == "lossless" else OpenGates()
     loop = DecodingLoop(sources_of(model, sources), plan, verified=mode == "lossless", streamer=streamer)
     where = model.backbone_device
     if settings.get("attention_mask") is not None:
@@ -268,6 +270,15 @@ class DecodingLoop:
     def _stream(self, rows: GrowingRows, num_tokens: int) -> None:
         if self.streamer is not None:
             self.streamer.put(rows.ids_BL[:, -num_tokens:].cpu())
+
+
+def _known_costs(model: MultiTokenMoE, sources: Sequence[SourceName], batch_size: int) -> PassCosts:
+    """`costs_of`, measured once for a model where it is."""
+    known = MEASURED.setdefault(model, {})
+    key = (*sources, batch_size, model.backbone_device, model.backbone.dtype)
+    if key not in known:
+        known[key] = costs_of(model, sources, batch_size=batch_size)
+    return known[key]
 
 
 @torch.inference_mode()

@@ -70,7 +70,8 @@ def measure_costs(
 ) -> PassCosts:
     """Time passes of many lengths, in turns, and take the fastest; what lies between two lengths is interpolated.
 
-    The fastest, because whatever else runs on the machine only ever adds to a time.
+    The fastest, because whatever else runs on the machine only ever adds to a time; for the same reason a pass counts
+    as no slower than a longer one was.
 
     Args:
         run_pass: asks a source, drafts so many tokens by it and checks them, and waits until that is done; None and 0
@@ -89,15 +90,11 @@ def measure_costs(
             run_pass(*each)
             if turn >= WARM_UP:
                 taken.setdefault(each, []).append(1e3 * (time.perf_counter() - start))
-    return PassCosts(
-        min(taken[None, 0]),
-        {
-            name: tuple(
-                np.interp(range(longest[name] + 1), sizes, [min(taken[name, size]) for size in sizes]).tolist()
-            )
-            for name, sizes in lengths.items()
-        },
-    )
+    ms = {}
+    for name, sizes in lengths.items():
+        fastest = np.minimum.accumulate([min(taken[name, size]) for size in reversed(sizes)])[::-1]
+        ms[name] = tuple(np.interp(range(longest[name] + 1), sizes, fastest).tolist())
+    return PassCosts(min(*taken[None, 0], *(times[0] for times in ms.values())), ms)
 
 
 class Planner:

@@ -331,6 +331,19 @@ def test_every_number_of_drafts_has_a_cost_and_measuring_leaves_no_hook_behind()
     assert not model.backbone.get_output_embeddings()._forward_pre_hooks
 
 
+def test_the_costs_are_measured_in_the_first_call_for_a_batch_size(monkeypatch):
+    model, measured = make_model(), []
+
+    def measure(model, sources, *, batch_size):
+        measured.append(batch_size)
+        return costs_of(model, sources, batch_size=batch_size)
+
+    monkeypatch.setattr("moe_ext.multi_token.generation.costs_of", measure)
+    for batch_size in (1, 1, 2, 1):
+        generate(model, **whole_mask(prompts(batch_size)), max_new_tokens=3, do_sample=False)
+    assert measured == [1, 2]
+
+
 def test_beams_are_refused():
     model, given = make_model(), whole_mask(prompts(1))
     with pytest.raises(ValueError, match="beam_search.*Leave out beams"):

@@ -144,3 +144,15 @@ def test_many_lengths_of_pass_are_timed_in_turns_and_the_rest_lies_between(monke
     assert costs.plain_ms == pytest.approx(0.5)
     assert costs.ms["heads"] == pytest.approx([2, 4, 6, 8])
     assert costs.ms["copies"] == pytest.approx([1 + size for size in range(11)])
+
+
+def test_a_pass_that_was_held_up_counts_as_no_slower_than_a_longer_one(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    took = {(None, 0): 3.0, ("heads", 0): 9.0, ("heads", 1): 4.0, ("heads", 2): 7.0, ("heads", 3): 5.0}
+
+    def run_pass(name, size):
+        now[0] += took[name, size] / 1e3
+
+    costs = measure_costs(run_pass, {"heads": 3}, rounds=1)
+    assert costs.ms["heads"] == pytest.approx([4, 4, 5, 5]) and costs.plain_ms == pytest.approx(3)
