@@ -11,7 +11,7 @@ import logging
 import sys
 from pathlib import Path
 
-from dylo_moe import continual, first_mixture
+from dylo_moe import continual, first_mixture, first_mixture_report
 from dylo_moe.adapters import MixtureConfig
 from dylo_moe.first_mixture import RunConfig
 from dylo_moe.training import TrainingConfig
@@ -39,7 +39,7 @@ def _train(mixture: MixtureConfig, data: DataConfig, training: TrainingConfig, c
     if config.data_prep_only:
         return first_mixture.report_data(data, training, config)
     results = first_mixture.run(mixture, data, training, config)
-    return first_mixture.as_text(results, Path(config.output_dir)) if results else ""
+    return first_mixture_report.as_text(results, Path(config.output_dir)) if results else ""
 
 
 def _grow(config: continual.ContinualConfig) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 
-from dylo_moe.first_mixture import MIXTURE
+from dylo_moe.first_mixture_report import MIXTURE
 from dylo_moe.humaneval import Outcome, complete_problems, load_problems, run_tests, write_samples
 from dylo_moe.lm_eval_tasks import find_tasks, run_tasks
 from dylo_moe.model import SETTINGS as GROWING_SETTINGS
@@ -182,10 +182,10 @@ def load_checkpoint(config: EvaluateConfig):
 def as_text(results: dict) -> str:
     """The results as tables a person reads."""
     perplexity = results["perplexity"]
-    width = max(12, *(len(name) for name in perplexity))
+    width = max(12, *(len(Path(name).name) for name in perplexity))
     lines = ["Held-out perplexity (lower is better)", "", f"{'':<{width}}{'base':>14}{'checkpoint':>14}"]
     for name, measured in perplexity.items():
-        lines.append(f"{name:<{width}}{measured['base']:>14.2f}{measured['checkpoint']:>14.2f}")
+        lines.append(f"{Path(name).name:<{width}}{measured['base']:>14.2f}{measured['checkpoint']:>14.2f}")
     for task, metrics in results.get("tasks", {}).items():
         lines.append("")
         lines += [f"{task}: {metric} {value:.4f}" for metric, value in metrics.items()]

@@ -63,11 +63,6 @@ class ExpertManager:
         names = self.get_all_adapter_names()
         if name is None:
             name = next(free for i in range(len(names) + 1) if (free := f"expert_{i}") not in names)
-        if name in self._tuner.peft_config or not name or "." in name:
-            raise ValueError(
-                f"An expert cannot be named '{name}': the name is taken, empty or holds a dot. The experts are "
-                f"{', '.join(names)}."
-            )
         if r is not None:
             if r < 1:
                 raise ValueError(f"r is {r}, but must be at least 1.")

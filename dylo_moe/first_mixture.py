@@ -19,8 +19,9 @@ from transformers import set_seed
 from dylo_moe import data_report
 from dylo_moe.adapters import MixtureConfig, add_lora_of_size, add_mixture, num_trained
 from dylo_moe.expert_usage import draw_usage, usage_by_block
+from dylo_moe.first_mixture_report import LORA, MIXTURE, PICTURE, RESULTS, describe_adapter
 from dylo_moe.instruction_data import render_question
-from dylo_moe.model_card import describe_lora, describe_training, shown
+from dylo_moe.model_card import describe_lora
 from dylo_moe.run_settings import SETTINGS, refuse_other_settings
 from dylo_moe.throughput import tokens_per_second
 from dylo_moe.training import CHECKPOINTS, TrainingConfig, forget_training, is_trained, train_adapter
@@ -35,8 +36,6 @@ from foundation.whole_files import write_json
 
 logger = logging.getLogger(__name__)
 
-RESULTS, PICTURE = "results.json", "usage.png"
-MIXTURE, LORA = "mixture", "lora"
 # Settings that change nothing in what a run computes, so that it may be continued with others.
 FREE_SETTINGS = ("output_dir", "resume_from_checkpoint", "data_prep_only", "report_to", "eval_batch_size")
 
@@ -148,7 +147,7 @@ def run(mixture: MixtureConfig, data: DataConfig, training: TrainingConfig, conf
     draw_usage(usage, model.mixture_config.expert_names, output / PICTURE)
     write_json(output / RESULTS, results)
     for name in sizes:
-        _describe_training(output / name, results, name)
+        describe_adapter(output / name, results, name)
     return results
 
 
@@ -162,38 +161,6 @@ def report_data(data: DataConfig, training: TrainingConfig, config: RunConfig) -
 def is_first_process() -> bool:
     """Whether this process is the one that writes, of those that torchrun or accelerate started together."""
     return int(os.environ.get("RANK", "0")) == 0
-
-
-def as_text(results: dict, output: Path) -> str:
-    """The results as tables a person reads."""
-    perplexity, speed = results["perplexity"], results["tokens_per_second"]
-    sizes = {"base": 0, **results["trained_parameters"]}
-    domains = list(perplexity["base"])
-    lines = ["", "Held-out perplexity (lower is better) and trained parameters", ""]
-    lines.append(_row("", [*(Path(domain).name for domain in domains), "parameters"]))
-    names = {"base": "base", LORA: "one LoRA", MIXTURE: "mixture"}
-    for key, name in names.items():
-        if key not in perplexity:
-            continue
-        lines.append(_row(name, [f"{perplexity[key][domain]:.2f}" for domain in domains] + [f"{sizes[key]:,}"]))
-    experts = len(next(iter(results["usage"].values()))[0])
-    lines += ["", "Share of each domain's tokens by expert, mean over the blocks", ""]
-    lines.append(_row("", [f"expert {i}" for i in range(experts)]))
-    for domain, usage_LE in results["usage"].items():
-        shares = [sum(row[i] for row in usage_LE) / len(usage_LE) for i in range(experts)]
-        lines.append(_row(Path(domain).name, [f"{100 * share:.0f} %" for share in shares]))
-    lines += ["", "Tokens/s in one forward pass, measured in turns", ""]
-    lines.append(_row("", ["tokens/s", "against base"]))
-    separate = f"{experts} separate passes"
-    for key, name in {"base": "base", "routed": "one routed pass", "separate": separate}.items():
-        lines.append(_row(name, [f"{speed[key]:,.0f}", f"{speed[key] / speed['base']:.2f}"]))
-    gain = speed["routed"] / speed["separate"]
-    lines.append(f"one routed pass does the work of {experts} separate passes {gain:.2f} times as fast")
-    lines += ["", "Continuations by the saved mixture, reloaded", ""]
-    for domain, (prompt, continuation) in results["continuations"].items():
-        lines.append(f"{Path(domain).name}:{prompt} ->{_one_line(continuation)}")
-    lines += ["", f"adapter   {output / MIXTURE}", f"results   {output / RESULTS}", f"picture   {output / PICTURE}"]
-    return "\n".join(lines)
 
 
 def _load_base(config: RunConfig, training: TrainingConfig):
@@ -305,29 +272,6 @@ def _speeds(model, blocks: Dataset) -> dict[str, float]:
     return tokens_per_second(model, model.mixture_config.expert_names, batch["input_ids"].to(model.device))
 
 
-def _describe_training(folder: Path, results: dict, adapter: str) -> None:
-    """Add to an adapter's model card what it was trained on, and how it and the others did."""
-    data, training = results["settings"]["data"], results["settings"]["training"]
-    quant = results["settings"]["run"]["quant"]
-    names = [name.strip() for name in data["datasets"].split(",")]
-    length = f"{training['num_steps']} steps" if training["num_steps"] else f"{training['num_epochs']:g} epochs"
-    rows = f"{training['train_batch_size']} x {training['gradient_accumulation_steps']}"
-    facts = {
-        "data": f"{', '.join(map(shown, names))}; {data['training_subset']:g} % of the training documents",
-        "length": f"{length}; {rows} rows of {data['max_seq_length']} tokens on each device",
-        "learning rate": f"{training['learning_rate']:g}, {training['lr_strategy']}",
-        "quantised base": {"none": "no"}.get(quant, quant),
-        "seed": training["seed"],
-    }
-    systems = {"base": "base", LORA: "one LoRA", MIXTURE: "mixture"}
-    perplexity = {
-        f"{systems[name]} (this)" if name == adapter else systems[name]: found
-        for name, found in results["perplexity"].items()
-    }
-    some = f"the first {data['eval_blocks']} rows of " if data["eval_blocks"] else ""
-    describe_training(folder, facts, perplexity, measured_on=f"{some}the test split of each dataset")
-
-
 def _continuations(model, tokenizer, data: DataConfig) -> dict[str, tuple[str, str]]:
     continued = {}
     for domain in data.domains:
@@ -347,13 +291,5 @@ def _continuations(model, tokenizer, data: DataConfig) -> dict[str, tuple[str, s
                 pad_token_id=tokenizer.pad_token_id,
             )
         continuation = tokenizer.decode(tokens[0, prompt.shape[1] :], skip_special_tokens=True)
-        continued[domain] = (_one_line(tokenizer.decode(prompt[0])), continuation)
+        continued[domain] = (f" {' '.join(tokenizer.decode(prompt[0]).split())}", continuation)
     return continued
-
-
-def _one_line(text: str) -> str:
-    return " " + " ".join(text.split())
-
-
-def _row(name: str, cells: list[str]) -> str:
-    return f"{name:<20}" + "".join(f"{cell:>14}" for cell in cells)

@@ -108,7 +108,7 @@ def run_command(parser: OptionParser, work: Callable[..., str | None], argv: Seq
     except REFUSALS as refused:
         parser.error(str(refused))
     except KeyboardInterrupt:
-        print(STOPPED, file=sys.stderr)
+        print(f"\n{STOPPED}", file=sys.stderr)  # below the line of a progress bar
         return INTERRUPTED
     if text:
         print(text)

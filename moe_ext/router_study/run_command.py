@@ -131,7 +131,7 @@ def as_list(title: str, described: Mapping[str, str], drawings: list[Drawing]) -
     """What every plot shows, as Markdown."""
     facts = [f"- {name}: {value}" for name, value in described.items()]
     found = [f"- **{drawing.title}.** {drawing.sentence}" for drawing in drawings]
-    return "\n".join([f"# {title}", "", *facts, "", *found, ""])
+    return "\n".join([f"# {title}", "", *facts, "", "## Findings", "", *found, ""])
 
 
 def rows_for(options: TextOptions, wrapper: MoEModelWrapper) -> dict[str, TokenRows]:

@@ -107,6 +107,14 @@ def test_every_module_has_a_page_of_the_reference():
 
 
 @needs_mkdocs
+def test_the_reference_shows_no_constant_and_no_link_of_another_generator(site):
+    pages = {page.stem: page.read_text(encoding="utf-8") for page in (site / "reference").glob("*.html")}
+    assert not [name for name, text in pages.items() if re.search(r'<h2 id="[\w.]*\.[A-Z][A-Z0-9_]+"', text)]
+    assert not [name for name, text in pages.items() if re.search(r"\[<code>[^<]*</code>\]", text)]
+    assert "<code>RouterConfig</code>" in pages["peft.tuners.lora.moe_router"]
+
+
+@needs_mkdocs
 def test_every_public_name_is_in_the_reference(site):
     _, _, _, _, packed = (site / "objects.inv").read_bytes().split(b"\n", 4)
     listed = {line.split(" ", 1)[0] for line in zlib.decompress(packed).decode().splitlines()}

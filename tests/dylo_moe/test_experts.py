@@ -129,10 +129,10 @@ def test_an_expert_with_the_name_of_a_module_owns_no_weight_of_the_base():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda experts: experts.create_expert("expert_0"), "cannot be named 'expert_0': the name is taken"),
-        (lambda experts: experts.create_expert("a.b"), "cannot be named 'a.b'"),
-        (lambda experts: experts.create_expert(""), "cannot be named ''"),
-        (lambda experts: experts.create_expert("default"), "cannot be named 'default': the name is taken"),
+        (lambda experts: experts.create_expert("expert_0"), "'expert_0' is taken; this model holds"),
+        (lambda experts: experts.create_expert("a.b"), "No adapter can be called 'a.b'"),
+        (lambda experts: experts.create_expert(""), "No adapter can be called ''"),
+        (lambda experts: experts.create_expert("default"), "'default' is taken"),
         (lambda experts: experts.create_expert(r=0), "r is 0, but must be at least 1"),
         (lambda experts: experts.set_active_expert("expert_9"), "There is no expert 'expert_9'. Closest: 'expert_"),
         (lambda experts: experts.set_active_expert(-1), "There is no expert number -1: the experts are 0 to 2"),

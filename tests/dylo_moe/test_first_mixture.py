@@ -10,7 +10,7 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import train
-from dylo_moe import DyLoRA_MoE, first_mixture
+from dylo_moe import DyLoRA_MoE, first_mixture, first_mixture_report
 from dylo_moe.training import TrainingConfig
 
 
@@ -77,7 +77,7 @@ def test_the_two_adapters_have_about_as_many_trained_parameters(finished):
 
 
 def test_the_table_names_every_domain_and_where_everything_lies(finished):
-    text = first_mixture.as_text(json.loads((finished / "results.json").read_text()), finished)
+    text = first_mixture_report.as_text(json.loads((finished / "results.json").read_text()), finished)
     for expected in (
         "one LoRA",
         "mixture",
@@ -155,7 +155,7 @@ def test_each_kind_of_row_is_measured_and_continued_as_it_was_trained(
 def test_without_a_comparison_no_lora_is_trained_and_the_table_still_stands(tiny_options, tmp_path):
     assert train.main(tiny_options(tmp_path, compare=False)) == 0
     assert not (tmp_path / "lora").exists()
-    text = first_mixture.as_text(json.loads((tmp_path / "results.json").read_text()), tmp_path)
+    text = first_mixture_report.as_text(json.loads((tmp_path / "results.json").read_text()), tmp_path)
     assert "one LoRA" not in text
 
 

@@ -97,7 +97,7 @@ def test_a_stop_says_how_to_go_on(say):
     assert say("stop") == (
         130,
         "",
-        "Stopped. The same command goes on from what it has kept, unless it is told to begin anew.\n",
+        "\nStopped. The same command goes on from what it has kept, unless it is told to begin anew.\n",
     )
 
 

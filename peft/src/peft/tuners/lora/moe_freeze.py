@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 from .config import LoraConfig
+from .moe_adapter_names import refuse_unusable_names
 from .moe_losses import mean_weights
 
 
@@ -57,8 +58,12 @@ def freeze_routing(
     """
     if (weights is None) == (not inputs):
         raise ValueError("Pass either weights (one for each expert) or the inputs of a prompt, e.g. input_ids.")
-    if not adapter_name or "." in adapter_name:
-        raise ValueError(f"adapter_name is {adapter_name!r}, but must be non-empty and without dots.")
+    if isinstance(weights, str):
+        raise ValueError(  # noqa: TRY004 as for the other wrong values
+            "weights is a text. Pass one number for each expert, or a prompt by name: "
+            "freeze_routing(**tokenizer(text, return_tensors='pt'))."
+        )
+    refuse_unusable_names([adapter_name])
     if adapter_name in model.peft_config:
         raise ValueError(f"There is already an adapter '{adapter_name}'. Choose another adapter_name.")
     router = model._router_of()

@@ -18,7 +18,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -29,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_file
 from torch import nn
 
+from .moe_adapter_names import is_of_adapter
 from .moe_context import RoutingContext, RoutingPort, is_encoder_decoder
 from .moe_freeze import freeze_routing
 from .moe_layer import RoutedLayerMixin, why_unroutable
@@ -409,11 +409,6 @@ class RoutedLoraMixin:
             handles.append(module.register_forward_pre_hook(context.begin, with_kwargs=True))
             handles.append(module.register_forward_hook(context.end, with_kwargs=True, always_call=True))
         return handles
-
-
-def is_of_adapter(key: str, name: str) -> bool:
-    """Whether a key of the state dict is a LoRA weight of this adapter; layers may be numbered like adapters."""
-    return re.search(rf"\.lora_\w+\.{re.escape(name)}(\.|$)", key) is not None
 
 
 def _refuse_unroutable(layers: dict[str, nn.Module]) -> None:

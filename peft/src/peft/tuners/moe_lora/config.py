@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, fields
 from typing import Optional, Union
 
 from peft.tuners.lora.config import LoraConfig
+from peft.tuners.lora.moe_adapter_names import refuse_unusable_names
 from peft.tuners.lora.moe_router import RouterConfig
 from peft.utils import PeftType
 
@@ -136,9 +137,12 @@ class MoELoraConfig(LoraConfig):
             )
         if len(set(names)) != len(names):
             raise ValueError(f"Each expert needs a name of its own, got {names}.")
-        bad = [name for name in names if not name or "." in name]
-        if bad:
-            raise ValueError(f"Expert names must be non-empty and without dots, got {bad}.")
+        refuse_unusable_names(names)
+        if isinstance(self.experts, list) and not self.train_experts and self.expert_configs is None:
+            raise ValueError(
+                f"experts lists the names of new experts {names}, but with train_experts=False they would never learn. "
+                "Pass a dict of names and folders or Hub ids of trained adapters."
+            )
         if self.expert_configs is not None and set(self.expert_configs) != set(names):
             raise ValueError(
                 f"experts names {names} but expert_configs holds {list(self.expert_configs)}. Leave expert_configs "

@@ -21,7 +21,8 @@ from torch import nn
 
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.model import LoraModel
-from peft.tuners.lora.moe_mixin import RoutedLoraMixin, is_of_adapter
+from peft.tuners.lora.moe_adapter_names import is_of_adapter, refuse_unusable_names
+from peft.tuners.lora.moe_mixin import RoutedLoraMixin
 from peft.tuners.lora.moe_router import Router
 from peft.tuners.tuners_utils import (
     BaseTuner,
@@ -141,10 +142,9 @@ class MoELoraModel(LoraModel):
         Raises:
             ValueError: the name is taken or unusable, or `changes` are given for a trained adapter.
         """
-        if name in self.peft_config or not name or "." in name:
-            raise ValueError(
-                f"'{name}' is taken, empty or holds a dot; experts are {self.mixture_config.expert_names}."
-            )
+        refuse_unusable_names([name])
+        if name in self.peft_config:
+            raise ValueError(f"'{name}' is taken; this model holds the adapters {list(self.peft_config)}.")
         if source is not None and changes:
             raise ValueError(f"A trained adapter keeps its own config; drop {sorted(changes)}.")
         router = self._require_router()
