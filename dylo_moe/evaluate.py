@@ -12,6 +12,7 @@ import json
 import logging
 import sys
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,10 +25,12 @@ from dylo_moe.model import SETTINGS as GROWING_SETTINGS
 from dylo_moe.model import DyLoRA_MoE
 from dylo_moe.run_settings import SETTINGS
 from dylo_moe.training_data import DataConfig, prepare
+from dylo_moe.unfinished import Unfinished
 from foundation.base_identity import BaseIdentity
 from foundation.base_model import Quantization, load_base_model
 from foundation.checkpoints import BASE, check_base
 from foundation.commands import run_command
+from foundation.downloads import file_sha256
 from foundation.options import OptionParser, check_at_least
 from foundation.packing import keeps_documents_apart
 from foundation.perplexity import measure_blocks
@@ -36,6 +39,8 @@ from foundation.whole_files import write_json
 logger = logging.getLogger(__name__)
 
 ADAPTER_CONFIG = "adapter_config.json"
+# Options that change nothing in what is measured, so that an evaluation may be continued with others.
+FREE_SETTINGS = ("output", "samples", "allow_code_execution")
 
 
 @dataclass(kw_only=True)
@@ -133,13 +138,14 @@ def evaluate(config: EvaluateConfig) -> dict:
     problems = load_problems(limit=config.limit) if config.humaneval else None
     tasks = find_tasks(config.task_names, include_path=config.include_path) if config.tasks else None
     model, tokenizer = load_checkpoint(config)
-    results = {"settings": asdict(config), "perplexity": _perplexities(model, tokenizer, config)}
+    unfinished = _unfinished(config)
+    results = {"settings": asdict(config), "perplexity": _perplexities(model, tokenizer, config, unfinished)}
     if tasks is not None:
-        results["tasks"] = run_tasks(
-            model, tokenizer, config.task_names, tasks, limit=config.limit, batch_size=config.eval_batch_size
-        )
+        found = {"limit": config.limit, "batch_size": config.eval_batch_size}
+        run = partial(run_tasks, model, tokenizer, config.task_names, tasks, **found)
+        results["tasks"] = unfinished.measured("tasks", run)
     if problems is not None:
-        samples = complete_problems(model, tokenizer, problems)
+        samples = complete_problems(model, tokenizer, problems, unfinished)
         write_samples(samples, Path(config.samples))
         results["humaneval"] = {"problems": len(samples), "samples": config.samples}
         if config.allow_code_execution:
@@ -149,7 +155,17 @@ def evaluate(config: EvaluateConfig) -> dict:
                 "pass@1": passed / len(samples),
                 "outcomes": {task: outcome.value for task, outcome in outcomes.items()},
             }
+    unfinished.finish()
     return results
+
+
+def _unfinished(config: EvaluateConfig) -> Unfinished:
+    """What an evaluation with these options kept when it was broken off; beside its results, or its completions."""
+    beside = config.output or (config.samples if config.humaneval else None)
+    settings = {name: value for name, value in asdict(config).items() if name not in FREE_SETTINGS}
+    weights = {file.name: file_sha256(file) for file in sorted(config.folder.glob("adapter_model.*"))}
+    path = None if beside is None else Path(f"{beside}.unfinished")
+    return Unfinished(path, {"settings": settings, "weights": weights})
 
 
 def load_checkpoint(config: EvaluateConfig):
@@ -198,18 +214,19 @@ def as_text(results: dict) -> str:
     return "\n".join(lines)
 
 
-def _perplexities(model, tokenizer, config: EvaluateConfig) -> dict[str, dict[str, float]]:
+def _perplexities(model, tokenizer, config: EvaluateConfig, unfinished: Unfinished) -> dict[str, dict[str, float]]:
     data = config.data
     apart = data.separate_documents and keeps_documents_apart(model.get_base_model())
-    measured = {}
-    for name in data.domains:
+
+    def measure(name: str) -> dict[str, float]:
         logger.info("measuring %s", name)
         rows = prepare(name, "test", tokenizer, data, seed=config.seed, apart=apart, max_rows=config.eval_blocks).rows
         with model.disable_adapter():
             base = measure_blocks(model, rows, batch_size=config.eval_batch_size).perplexity
         found = measure_blocks(model, rows, batch_size=config.eval_batch_size).perplexity
-        measured[name] = {"base": base, "checkpoint": found}
-    return measured
+        return {"base": base, "checkpoint": found}
+
+    return {name: unfinished.measured(f"perplexity of {name}", partial(measure, name)) for name in data.domains}
 
 
 def evaluate_and_say(config: EvaluateConfig) -> str:

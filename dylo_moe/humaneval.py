@@ -8,6 +8,7 @@ import enum
 import json
 import logging
 import secrets
+from functools import partial
 from pathlib import Path
 from typing import TypedDict
 
@@ -15,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from dylo_moe.sandbox import TimedOut, run_untrusted
+from dylo_moe.unfinished import Unfinished
 from foundation.whole_files import write_text
 
 logger = logging.getLogger(__name__)
@@ -58,24 +60,32 @@ def load_problems(*, limit: int | None = None) -> list[Problem]:
     return list(read_problems().values())[:limit]
 
 
-@torch.no_grad()
-def complete_problems(model, tokenizer, problems: list[Problem]) -> dict[str, str]:
-    """What the model writes after each prompt, greedily, cut where the function ends; keyed by `task_id`."""
+def complete_problems(model, tokenizer, problems: list[Problem], unfinished: Unfinished) -> dict[str, str]:
+    """What the model writes after each prompt, greedily, cut where the function ends; keyed by `task_id`.
+
+    Args:
+        unfinished: keeps each completion.
+    """
     completions = {}
     for problem in tqdm(problems, desc="HumanEval", dynamic_ncols=True):
-        prompt = tokenizer(problem["prompt"], return_tensors="pt", add_special_tokens=False).to(model.device)
-        tokens = model.generate(
-            input_ids=prompt["input_ids"],
-            attention_mask=prompt["attention_mask"],
-            max_new_tokens=MAX_NEW_TOKENS,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
-            stop_strings=list(STOPS),
-            tokenizer=tokenizer,
-        )
-        written = tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
-        completions[problem["task_id"]] = cut_at_stop(written)
+        task = problem["task_id"]
+        completions[task] = unfinished.measured(task, partial(_complete, model, tokenizer, problem["prompt"]))
     return completions
+
+
+@torch.no_grad()
+def _complete(model, tokenizer, text: str) -> str:
+    prompt = tokenizer(text, return_tensors="pt", add_special_tokens=False).to(model.device)
+    tokens = model.generate(
+        input_ids=prompt["input_ids"],
+        attention_mask=prompt["attention_mask"],
+        max_new_tokens=MAX_NEW_TOKENS,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+        stop_strings=list(STOPS),
+        tokenizer=tokenizer,
+    )
+    return cut_at_stop(tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
 def cut_at_stop(written: str) -> str:

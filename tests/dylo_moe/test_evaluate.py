@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import train
-from dylo_moe import evaluate
+from dylo_moe import evaluate, humaneval
 from dylo_moe.humaneval import Outcome
 from dylo_moe.model import DyLoRA_MoE
 
@@ -136,3 +136,42 @@ def test_tasks_are_run_with_what_was_asked_for(finished, monkeypatch, tmp_path, 
     assert asked == {"path": str(tmp_path), "names": ["a", "b"], "limit": 5, "batch_size": 8}
     assert found["tasks"] == {"a": {"acc": 0.25}}
     assert "a: acc 0.2500" in capsys.readouterr().out
+
+
+def test_an_evaluation_that_is_broken_off_goes_on_with_what_it_has_not_measured_yet(
+    finished, tiny_sources, monkeypatch, tmp_path, capsys
+):
+    argv = ["--checkpoint", finished, "--humaneval", "--samples", tmp_path / "samples.jsonl"]
+    problems = [{**PROBLEM, "task_id": f"Own/{number}"} for number in range(3)]
+    monkeypatch.setattr(evaluate, "load_problems", lambda *, limit: problems)
+    monkeypatch.setattr(humaneval, "MAX_NEW_TOKENS", 3)
+    (tmp_path / "whole").mkdir()
+    whole = results_of(*argv, folder=tmp_path / "whole")
+    samples = (tmp_path / "samples.jsonl").read_text()
+
+    complete, measured, completed = humaneval._complete, [], []
+    measure = evaluate.measure_blocks
+    monkeypatch.setattr(evaluate, "measure_blocks", lambda *args, **how: measured.append(1) or measure(*args, **how))
+
+    def stop_at_second(*args):
+        if completed:
+            raise KeyboardInterrupt
+        completed.append(1)
+        return complete(*args)
+
+    monkeypatch.setattr(humaneval, "_complete", stop_at_second)
+    broken = [*map(str, argv), "--output", str(tmp_path / "results.json")]
+    assert evaluate.main(broken) == 130
+    assert not (tmp_path / "results.json").exists() and (tmp_path / "results.json.unfinished").exists()
+    monkeypatch.setattr(humaneval, "_complete", lambda *args: completed.append(1) or complete(*args))
+    again = results_of(*argv, folder=tmp_path)
+    assert again["perplexity"] == whole["perplexity"] and (tmp_path / "samples.jsonl").read_text() == samples
+    assert len(completed) == 3 and len(measured) == 2 * len(tiny_sources.split(","))
+    assert not (tmp_path / "results.json.unfinished").exists()
+
+
+def test_what_was_kept_of_another_evaluation_is_not_taken_up(finished, tmp_path):
+    expected = results_of("--checkpoint", finished, "--eval_blocks", 1, folder=tmp_path)["perplexity"]
+    kept = {"about": {"settings": {}}, "found": {f"perplexity of {name}": {} for name in expected}}
+    (tmp_path / "results.json.unfinished").write_text(json.dumps(kept))
+    assert results_of("--checkpoint", finished, "--eval_blocks", 1, folder=tmp_path)["perplexity"] == expected
