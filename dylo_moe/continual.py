@@ -38,6 +38,7 @@ from dylo_moe.skills import SkillLibrary, embed_blocks, measure_background
 from dylo_moe.training import multiplies_bf16_fast
 from foundation.base_identity import BaseIdentity
 from foundation.base_model import load_base_model
+from foundation.drawing import load_pyplot
 from foundation.options import check_at_least
 from foundation.perplexity import measure_blocks
 from foundation.whole_files import write_json, write_text
@@ -164,6 +165,7 @@ def run(config: ContinualConfig) -> dict:
             f"{processes} processes were started, but skills are learnt in one. Start train.py --continual by python "
             "alone."
         )
+    load_pyplot()  # a picture is drawn in the end
     started, on_cpu, output = time.monotonic(), time.process_time(), Path(config.output_dir)
     refuse_other_settings(output, asdict(config), free=("output_dir",))
     base, tokenizer = load_base_model(config.model_name)

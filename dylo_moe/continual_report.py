@@ -8,6 +8,7 @@ arXiv:1801.10112, section 3, with log-perplexity in place of accuracy). Negative
 import math
 from pathlib import Path
 
+from foundation.drawing import load_pyplot
 from foundation.whole_files import whole_file
 
 RESULTS, TABLE, PICTURE = "results.json", "table.md", "forgetting.png"
@@ -117,14 +118,9 @@ def draw(results: dict, path: Path) -> None:
     """Write a picture (PNG): each skill's perplexity over the visits, and the forgetting; whole or not at all.
 
     Raises:
-        ImportError: matplotlib is not installed.
+        ModuleNotFoundError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError as missing:
-        raise ImportError("Drawing needs matplotlib. Install it with: pip install '.[demo]'") from missing
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    plt = load_pyplot()
     from matplotlib.ticker import ScalarFormatter
 
     skills, visits, mean_nll = results["skills"], results["visits"], results["mean_nll"]

@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 
 from foundation.batches import batches_of
+from foundation.drawing import load_pyplot
 from foundation.whole_files import whole_file
 
 BLOCK = re.compile(r"\.(\d+)(\.|$)")
@@ -53,14 +54,11 @@ def draw_usage(usage: dict[str, np.ndarray], expert_names: list[str], path: Path
         usage: usage_LE for each domain.
         expert_names: labels of the columns.
         path: where the picture goes; written whole or not at all.
-    """
-    try:
-        import matplotlib
-    except ImportError as missing:
-        raise ImportError("Drawing needs matplotlib. Install it with: pip install .[demo]") from missing
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    plt = load_pyplot()
     num_blocks = len(next(iter(usage.values())))
     figure, axes = plt.subplots(
         1, len(usage), figsize=(1.2 + 2.6 * len(usage), 1.6 + 0.42 * num_blocks), sharey=True, layout="constrained"

@@ -30,6 +30,7 @@ from foundation.base_model import Quantization, load_base_model
 from foundation.batches import TurnTakingSampler, collate
 from foundation.checkpoints import checkpoints, is_complete
 from foundation.data import load_documents
+from foundation.drawing import load_pyplot
 from foundation.packing import keeps_documents_apart
 from foundation.perplexity import measure_blocks
 from foundation.whole_files import write_json
@@ -73,7 +74,9 @@ def run(mixture: MixtureConfig, data: DataConfig, training: TrainingConfig, conf
         ValueError: an option or the data cannot be used, the output folder holds a run with other settings, or
             `resume_from_checkpoint` finds nothing to continue. Nothing has been written then.
         FileNotFoundError: a file, a folder or a model is not there.
+        ModuleNotFoundError: a package is not installed.
     """
+    load_pyplot()  # a picture is drawn in the end
     output = Path(config.output_dir)
     settings = {
         "mixture": asdict(mixture),

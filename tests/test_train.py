@@ -273,6 +273,16 @@ def test_begun_anew_and_stopped_nothing_of_the_run_before_passes_for_trained(tin
         assert not list((tmp_path / name).glob("checkpoints/*"))
 
 
+@pytest.mark.parametrize("asked", [["--datasets", "notes.txt"], ["--continual", "notes.txt"]])
+def test_without_matplotlib_a_run_is_refused_before_anything_is_read(asked, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*asked, "--output_dir", str(tmp_path / "run")])
+    assert stopped.value.code == 2
+    assert "Drawing needs matplotlib. Install it with: pip install '.[demo]'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_help_names_every_option_of_the_issue(capsys):
     with pytest.raises(SystemExit) as stopped:
         train.main(["--help"])
