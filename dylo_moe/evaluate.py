@@ -31,7 +31,7 @@ from foundation.base_model import Quantization, load_base_model
 from foundation.checkpoints import BASE, check_base
 from foundation.commands import run_command
 from foundation.downloads import file_sha256
-from foundation.options import OptionParser, check_at_least
+from foundation.options import OptionParser, check_at_least, split_names
 from foundation.packing import keeps_documents_apart
 from foundation.perplexity import measure_blocks
 from foundation.whole_files import write_json
@@ -93,7 +93,7 @@ class EvaluateConfig:
 
     @property
     def task_names(self) -> list[str]:
-        return [name.strip() for name in (self.tasks or "").split(",") if name.strip()]
+        return split_names(self.tasks or "")
 
     @property
     def folder(self) -> Path:

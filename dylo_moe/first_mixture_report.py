@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from dylo_moe.model_card import describe_training, shown
+from foundation.options import split_names
 
 RESULTS, PICTURE = "results.json", "usage.png"
 MIXTURE, LORA = "mixture", "lora"
@@ -44,7 +45,7 @@ def describe_adapter(folder: Path, results: dict, adapter: str) -> None:
     """Add to an adapter's model card what it was trained on, and how it and the others did."""
     data, training = results["settings"]["data"], results["settings"]["training"]
     quant = results["settings"]["run"]["quant"]
-    names = [name.strip() for name in data["datasets"].split(",")]
+    names = split_names(data["datasets"])
     length = f"{training['num_steps']} steps" if training["num_steps"] else f"{training['num_epochs']:g} epochs"
     rows = f"{training['train_batch_size']} x {training['gradient_accumulation_steps']}"
     facts = {

@@ -23,7 +23,7 @@ from foundation.checkpoints import (
     remove_incomplete,
     save_base_identity,
 )
-from foundation.options import check_at_least
+from foundation.options import check_at_least, split_names
 from foundation.packing import IGNORED_LABEL
 from foundation.whole_files import write_json
 
@@ -94,7 +94,7 @@ class TrainingConfig:
 
     @property
     def trackers(self) -> list[str]:
-        names = [name.strip() for name in self.report_to.split(",") if name.strip()]
+        names = split_names(self.report_to)
         return [] if names == ["none"] else names
 
     @property

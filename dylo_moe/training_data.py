@@ -13,7 +13,7 @@ from datasets import Dataset
 from dylo_moe.instruction_data import encode_examples, is_instruction
 from dylo_moe.reading_order import enough_texts, reading_order
 from foundation.data import DOMAINS, Part, load_documents
-from foundation.options import check_at_least
+from foundation.options import check_at_least, split_names
 from foundation.packing import IGNORED_LABEL, pack_apart, pack_documents
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class DataConfig:
 
     @property
     def domains(self) -> list[str]:
-        return [name.strip() for name in self.datasets.split(",") if name.strip()]
+        return split_names(self.datasets)
 
 
 @dataclass(frozen=True, kw_only=True)

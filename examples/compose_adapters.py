@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 from dylo_moe.model_card import describe_lora, describe_mixture, measure_and_describe
 from foundation.base_model import load_base_model
 from foundation.data import load_documents, pack_documents
-from foundation.options import PlainParser
+from foundation.options import PlainParser, split_names
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
 
     base, tokenizer = load_base_model(options.model)
-    output, sources = Path(options.output), options.data.split(",")
+    output, sources = Path(options.output), split_names(options.data)
     held_out = {source: load_documents(source, "test")["text"] for source in sources}
 
     def train(model, names: list[str], folder: Path, rate: float) -> None:

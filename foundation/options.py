@@ -195,6 +195,11 @@ def check_at_least(options: Any, **least: float) -> None:
             raise ValueError(f"{name} is {value}, but must be at least {bound}.")
 
 
+def split_names(text: str) -> list[str]:
+    """Names separated by commas, without the blanks around them and without empty ones."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def names_option(name: str, argv: Sequence[str] | None = None) -> bool:
     """Whether the command line, or the file it names with `--config`, sets an option; nothing is checked yet."""
     argv = list(sys.argv[1:] if argv is None else argv)

@@ -18,7 +18,7 @@ from typing import get_args
 from foundation.allocator import keep_freed_memory
 from foundation.bracketing import bracket, lowest
 from foundation.commands import run_command
-from foundation.options import OptionParser
+from foundation.options import OptionParser, split_names
 from foundation.whole_files import write_text
 from moe_ext.router_ft.evaluate import mean_loss
 from moe_ext.router_ft.objectives import ObjectiveName
@@ -43,7 +43,7 @@ class SearchOptions(StudyOptions):
     def __post_init__(self):
         super().__post_init__()
         parse_plan(self.plan)
-        for name in self.names(self.objectives):
+        for name in split_names(self.objectives):
             if name not in OBJECTIVES:
                 raise ValueError(f"There is no objective '{name}'. There are: {', '.join(OBJECTIVES)}.")
 
@@ -59,7 +59,7 @@ def search(options: SearchOptions) -> str:
         return study.with_options(replace(options, lr=rate, output=f"{options.output}/{rate:g}"))
 
     rows, best = [], {}
-    for objective in options.names(options.objectives):
+    for objective in split_names(options.objectives):
 
         def finetuned(rate: float, objective: str = objective) -> float:
             ours = trial(rate)

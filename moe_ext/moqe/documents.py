@@ -12,6 +12,7 @@ from pathlib import Path
 
 from foundation.data import TABLE_SUFFIXES, TEXT_SUFFIXES, Part, load_documents
 from foundation.domains import split_of
+from foundation.options import split_names
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ def read_documents(sources: str, split: Part, *, text_column: str = "text") -> D
         ValueError: nothing to read, a Parquet file without the column, no document in the split.
     """
     texts, unreadable = {}, 0
-    for source in (name.strip() for name in sources.split(",") if name.strip()):
+    for source in split_names(sources):
         path = Path(source).expanduser()
         if not path.exists():
             texts[source] = list(load_documents(source, split)["text"])

@@ -4,6 +4,7 @@ import logging
 from dataclasses import fields
 from pathlib import Path
 
+from foundation.options import split_names
 from foundation.whole_files import write_text
 from moe_ext.moqe.eval_command import evaluate
 from moe_ext.moqe.options import EvalOptions, QuantizeOptions, RunOptions, TrainOptions
@@ -52,7 +53,7 @@ def run(options: RunOptions) -> str:
 
 def _experts(options: RunOptions, entries: str, folder: Path) -> list[str]:
     """What `quantize` makes of the schemes in a set, and the other entries as they are."""
-    names = [entry.strip() for entry in entries.split(",")]
+    names = split_names(entries)
     schemes = [name for name in names if is_scheme(name)]
     made: dict[str, Path] = {}
     if schemes:

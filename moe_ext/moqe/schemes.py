@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from foundation.options import split_names
+
 Kind = Literal["group", "bitsandbytes", "gguf", "full"]
 
 BITSANDBYTES = ("nf4", "bnb8")
@@ -50,7 +52,7 @@ def parse_schemes(text: str) -> list[Scheme]:
     Raises:
         ValueError: an unknown name, one twice, or none.
     """
-    schemes = [_parse(name.strip()) for name in text.split(",") if name.strip()]
+    schemes = [_parse(name) for name in split_names(text)]
     if not schemes:
         raise ValueError(f"No scheme was named. Give {_known()}.")
     names = [scheme.file_name for scheme in schemes]

@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from foundation.options import split_names
 from foundation.whole_files import write_json
 from moe_ext.multi_token.bench_report import table
 from moe_ext.multi_token.data import read_source, to_prompts
@@ -107,7 +108,7 @@ def bench(options: BenchOptions) -> str:
     names = options.data or meta.options.get("data")
     if not names:
         raise ValueError(f"{folder} does not say what it was trained on. Name held-out text with --data.")
-    prompts = held_out_prompts(names.split(","), tokenizer, options)
+    prompts = held_out_prompts(split_names(names), tokenizer, options)
     figures = measure(model, independent, prompts, options)
     figures["command"] = asdict(options)
     figures["trained"] = meta.options

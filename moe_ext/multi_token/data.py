@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from foundation.data import Part, load_documents
 from foundation.domains import split_of
+from foundation.options import split_names
 from foundation.packing import IGNORED_LABEL, pack_documents
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ def read_source(names: str, split: Part = "train") -> Source:
         FileNotFoundError: a file that is not there.
     """
     pairs, texts = [], []
-    for name in filter(None, (part.strip() for part in names.split(","))):
+    for name in split_names(names):
         if _holds_pairs(name):
             found = read_pairs(Path(name).expanduser())
             kept = [pair for pair in found if split == "all" or split_of("own", pair.question) == split]

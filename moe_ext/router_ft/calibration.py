@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from foundation.data import Part, load_documents
+from foundation.options import split_names
 from foundation.packing import pack_documents
 
 LONGEST_DEFAULT = 2048  # tokens; shorter where the model's context is
@@ -40,7 +41,7 @@ class CalibrationConfig:
 
     @property
     def sources(self) -> list[str]:
-        return [source.strip() for source in self.dataset.split(",") if source.strip()]
+        return split_names(self.dataset)
 
 
 def block_length(config: CalibrationConfig, context: int) -> int:

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from foundation.data import Part
-from foundation.options import check_at_least
+from foundation.options import check_at_least, split_names
 from foundation.whole_files import whole_folder, write_json
 from moe_ext.gptq import BLOCK_SIZE, DAMP
 from moe_ext.moe_models import SMALL_MOE, load_moe
@@ -113,7 +113,7 @@ class AllocateOptions:
     def budget(self) -> tuple[float, list[str]]:
         """Bits a weight, and the formats they may be spent on."""
         if self.budget_bits is not None:
-            return self.budget_bits, [name.strip() for name in self.formats.split(",")]
+            return self.budget_bits, split_names(self.formats)
         small, large = (bits_per_weight(name, 32) for name in ("MXFP4", "MXFP8"))
         return large - self.mxfp4_ratio * (large - small), ["MXFP8", "MXFP4"]
 
@@ -245,11 +245,11 @@ def run_evaluate(options: EvaluateOptions) -> str:
     else:
         model, tokenizer = load_moe(options.checkpoint)
     length = block_length(CalibrationConfig(seqlen=options.seqlen), context_of(model))
-    sources = [source.strip() for source in options.dataset.split(",")]
+    sources = split_names(options.dataset)
     held_out = HeldOut.read(sources, options.split, tokenizer, block_size=length, max_blocks=options.max_blocks)
     results: dict[str, Any] = summary(losses_by_source(model.to(options.device), held_out))
     if options.tasks:
-        tasks = [task.strip() for task in options.tasks.split(",")]
+        tasks = split_names(options.tasks)
         results["tasks"] = evaluate_tasks(model, tokenizer, tasks, tasks_dir=options.tasks_dir, limit=options.limit)
     write_json(options.output, {"options": asdict(options), **results})
     perplexities = ", ".join(f"{source} {value:.3f}" for source, value in results["perplexity"].items())

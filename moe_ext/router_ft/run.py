@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from foundation.data import Part
-from foundation.options import check_at_least
+from foundation.options import check_at_least, split_names
 from foundation.whole_files import write_json, write_text
 from moe_ext.moe_models import SMALL_MOE, load_moe
 from moe_ext.router_ft.allocation import allocate
@@ -57,10 +57,6 @@ class StudyOptions(CalibrationConfig, FinetuneConfig):
         FinetuneConfig.__post_init__(self)
         check_at_least(self, max_blocks=1)
 
-    @staticmethod
-    def names(text: str) -> list[str]:
-        return [name.strip() for name in text.split(",") if name.strip()]
-
 
 @dataclass(kw_only=True)
 class RunOptions(StudyOptions):
@@ -74,7 +70,7 @@ class RunOptions(StudyOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        for spec in [*self.names(self.plans), *self.names(self.allocations)]:
+        for spec in [*split_names(self.plans), *split_names(self.allocations)]:
             parse_plan(spec)
 
 
@@ -101,8 +97,8 @@ def run(options: RunOptions) -> str:
     """Measure every plan and write the table."""
     study = prepare(options)
     full, control = study.full, study.control
-    rows = [study.row(spec) for spec in options.names(options.plans)]
-    allocations = [study.allocation_row(spec) for spec in options.names(options.allocations)]
+    rows = [study.row(spec) for spec in split_names(options.plans)]
+    allocations = [study.allocation_row(spec) for spec in split_names(options.allocations)]
     text = as_table(full, control, rows, allocations)
     write_text(Path(options.output) / TABLE, text)
     return f"{text}\nwritten to {Path(options.output) / TABLE}"

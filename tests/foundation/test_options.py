@@ -6,7 +6,7 @@ from typing import Literal
 
 import pytest
 
-from foundation.options import OptionParser, check_at_least, names_option, read_yaml_options
+from foundation.options import OptionParser, check_at_least, names_option, read_yaml_options, split_names
 
 
 @dataclass(kw_only=True)
@@ -158,3 +158,7 @@ def test_an_option_below_its_bound_is_refused_and_one_that_is_not_set_is_not():
     check_at_least(options, rows=2, most=1)
     with pytest.raises(ValueError, match="^rows is 2, but must be at least 3.$"):
         check_at_least(options, rows=3)
+
+
+def test_names_are_split_at_commas_and_empty_ones_left_out():
+    assert split_names(" a,b c ,, d,") == ["a", "b c", "d"] and split_names("") == []

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("compressed_tensors", reason="needs the extra 'quant'")
 pytest.importorskip("scipy", reason="needs the extra 'quant'")
 
-from foundation.options import OptionParser
+from foundation.options import OptionParser, split_names
 from moe_ext.router_ft import run as run_module
 from moe_ext.router_ft.run import RunOptions, parse_plan, run
 
@@ -63,5 +63,5 @@ def test_a_plan_is_a_format_or_a_sensitivity_with_its_bits():
 
 def test_the_committed_configuration_is_read():
     (options,) = OptionParser((RunOptions,)).parse(["--config", str(CONFIG)])
-    assert options.names(options.plans) == ["INT4", "INT3", "INT2", "lower_alpha@2.625"]
+    assert split_names(options.plans) == ["INT4", "INT3", "INT2", "lower_alpha@2.625"]
     assert (options.objective, options.lr, options.split) == ("ce", 3e-3, "test")
