@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from peft.tuners.lora.moe_router import gate_key
 from peft.tuners.lora.moe_selection import select_experts
-from torch import Tensor
+from torch import Tensor, nn
 
 from dylo_moe.equivalence_case import BITS, Case, Result, random_tokens
 from dylo_moe.equivalence_explicit import LAYER_REASON, gradient_difference, judge_gradients
@@ -287,12 +287,9 @@ def gradient_checkpointing(case: Case) -> Iterator[Result]:
         runs_without = len(runs)
         rounding = max(UNIT, rounding_effect(model, loss_and_gradients, gradient_difference))
         for name, use_reentrant in zip(names, (True, False), strict=True):
-            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
-            base.enable_input_require_grads()
             runs.clear()
-            found = loss_and_gradients()
-            base.disable_input_require_grads()
-            base.gradient_checkpointing_disable()
+            with _checkpointing(base, use_reentrant=use_reentrant):
+                found = loss_and_gradients()
             if len(runs) <= runs_without:
                 yield case.skip(name, "the first adapted layer was not recomputed, so nothing was tested")
                 continue
@@ -311,6 +308,17 @@ def gradient_checkpointing(case: Case) -> Iterator[Result]:
         model.eval()
         for name, parameter in parameters.items():
             parameter.requires_grad_(trained[name])
+
+
+@contextmanager
+def _checkpointing(base: nn.Module, *, use_reentrant: bool) -> Iterator[None]:
+    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    base.enable_input_require_grads()
+    try:
+        yield
+    finally:
+        base.disable_input_require_grads()
+        base.gradient_checkpointing_disable()
 
 
 @torch.no_grad()

@@ -64,7 +64,8 @@ def moe_layers(model: nn.Module) -> list[MoeLayer]:
     if not recorders:
         raise ValueError(
             f"{type(model).__name__} is a dense model: its class records no router logits. Give a "
-            "mixture-of-experts model, such as OLMoE, Mixtral, Qwen2-MoE, Qwen3-MoE or DeepSeek V2/V3."
+            "mixture-of-experts model, such as OLMoE, Mixtral, Qwen2-MoE, Qwen3-MoE or (transformers 5.19) "
+            "DeepSeek V2/V3."
         )
     modules = dict(model.named_modules())
     layers = []

@@ -32,21 +32,22 @@ def prepare_cache(cache: Cache) -> None:
     Raises:
         ValueError: they cannot: a static cache, a state that runs through the text.
     """
-    record = getattr(cache, "activate_past_recording", None)
-    if record is not None:
-        record()
-    # Without that recording, which older transformers lack, a sliding window has dropped what a roll-back needs.
+    # A sliding window has dropped what a roll-back needs, unless it records the past. Before transformers 5.21 it does
+    # not, or the masks do not know of it.
+    records = hasattr(cache, "is_recording_past")
+    if records:
+        cache.activate_past_recording()
     rolls_back = all(
         hasattr(layer, "crop")
         and getattr(layer, "is_croppable", True)
-        and (record is not None or not getattr(layer, "is_sliding", False))
+        and (records or not getattr(layer, "is_sliding", False))
         for layer in cache.layers
     )
     if not rolls_back:
         kinds = ", ".join(sorted({type(layer).__name__ for layer in cache.layers}))
         raise ValueError(
             f"The backbone's cache ({kinds}) cannot forget single tokens, which checking a draft needs. Use the "
-            "default dynamic cache, or plain generate for this backbone."
+            "default dynamic cache, or plain generate for this backbone; sliding windows need transformers 5.21."
         )
 
 

@@ -1,10 +1,12 @@
 """Tiny random models of every family of mixtures that the tools support."""
 
+import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV2Config,
     DeepseekV3Config,
+    DeepseekV3PreTrainedModel,
     MixtralConfig,
     OlmoeConfig,
     PreTrainedModel,
@@ -62,6 +64,8 @@ FAMILIES = {
 
 def tiny_moe(family: str, *, seed: int = 0, **changed) -> PreTrainedModel:
     """A random model of two layers, width 32 and four experts, in eval mode; DeepSeek's first layer is dense."""
+    if family.startswith("deepseek") and "router_logits" not in DeepseekV3PreTrainedModel._can_record_outputs:
+        pytest.skip("DeepSeek's routers need transformers 5.19")
     config_class, own = FAMILIES[family]
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config_class(**{**SHARED, **own, **changed})).eval()

@@ -1,8 +1,10 @@
 """Tiny random backbones of several families, and drafts whose quality is known."""
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import (
+    Cache,
     GemmaConfig,
     GPT2Config,
     LlamaConfig,
@@ -51,6 +53,8 @@ FAMILIES = tuple(CONFIGS)
 
 def make_backbone(family: str = "llama", *, seed: int = 0, end: int | None = END) -> PreTrainedModel:
     """A random backbone whose greedy text does not repeat one token; float64 where rounding must not matter."""
+    if "window" in family and not hasattr(Cache, "is_recording_past"):
+        pytest.skip("sliding windows need transformers 5.21")
     torch.manual_seed(seed)
     backbone = AutoModelForCausalLM.from_config(CONFIGS[family]())
     with torch.no_grad():

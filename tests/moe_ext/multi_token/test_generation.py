@@ -1,7 +1,7 @@
 import pytest
 import torch
 from multi_token_testing import END, FAMILIES, VOCABULARY, make_backbone, make_model, oracle_loop
-from transformers import LogitsProcessor, LogitsProcessorList, MambaConfig, MambaForCausalLM
+from transformers import Cache, LogitsProcessor, LogitsProcessorList, MambaConfig, MambaForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 from moe_ext.multi_token.generation import DecodingLoop, costs_of, generate
@@ -374,6 +374,13 @@ def test_a_state_that_runs_through_the_text_is_refused():
     model = MultiTokenMoE(MambaForCausalLM(config).eval(), MultiTokenConfig())
     with pytest.raises(ValueError, match="cache"):
         generate(model, **whole_mask(prompts(1)), max_new_tokens=4, do_sample=False, plan=FixedPlan(1))
+
+
+def test_a_sliding_window_is_refused_where_transformers_does_not_record_what_it_drops(monkeypatch):
+    model, given = make_model("mistral, window of 8"), whole_mask(prompts(1))
+    monkeypatch.delattr(Cache, "is_recording_past")
+    with pytest.raises(ValueError, match="cannot forget single tokens.*sliding windows need transformers 5.21"):
+        generate(model, **given, max_new_tokens=4, do_sample=False, plan=FixedPlan(1))
 
 
 def test_unread_drafts_without_heads_are_refused():
