@@ -26,6 +26,14 @@ BENCHMARK_TOKENS = 512
 
 def main(argv: list[str] | None = None) -> int:
     """Print the table; returns 1 if a check failed, 0 otherwise. Bad input ends with exit code 2 and one line."""
+    try:
+        return _main(argv)
+    except KeyboardInterrupt:
+        print("Stopped; nothing was written.", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _main(argv: list[str] | None) -> int:
     parser = PlainParser(
         __doc__, example="python validate_moe_modifications.py --model smollm2-135m --json results/validation.json"
     )
@@ -53,11 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as refused:
         parser.error(_one_line(refused))
 
-    try:
-        results = validate(source)
-    except KeyboardInterrupt:
-        print("Stopped; nothing was written.", file=sys.stderr)
-        return INTERRUPTED
+    results = validate(source)
     print(as_table(results))
     rows = None
     if speed is not None:

@@ -141,8 +141,8 @@ def evaluate(config: EvaluateConfig) -> dict:
     unfinished = _unfinished(config)
     results = {"settings": asdict(config), "perplexity": _perplexities(model, tokenizer, config, unfinished)}
     if tasks is not None:
-        found = {"limit": config.limit, "batch_size": config.eval_batch_size}
-        run = partial(run_tasks, model, tokenizer, config.task_names, tasks, **found)
+        how = {"limit": config.limit, "batch_size": config.eval_batch_size}
+        run = partial(run_tasks, model, tokenizer, config.task_names, tasks, **how)
         results["tasks"] = unfinished.measured("tasks", run)
     if problems is not None:
         samples = complete_problems(model, tokenizer, problems, unfinished)

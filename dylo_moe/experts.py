@@ -1,10 +1,10 @@
 """The experts of a mixture by name: made, activated, frozen and removed while the mixture lives."""
 
 import difflib
-import re
 from collections.abc import Iterable
 from typing import Any
 
+from peft.tuners.lora.moe_adapter_names import is_of_adapter
 from torch import nn
 
 
@@ -157,5 +157,4 @@ class ExpertManager:
 
 def lora_weights(model: nn.Module, adapter: str) -> list[nn.Parameter]:
     """The LoRA weights of one adapter of a PEFT model; modules of the base that have its name are left out."""
-    its_own = re.compile(rf"\.lora_\w+\.{re.escape(adapter)}(\.|$)")
-    return [parameter for key, parameter in model.named_parameters() if its_own.search(key)]
+    return [parameter for key, parameter in model.named_parameters() if is_of_adapter(key, adapter)]

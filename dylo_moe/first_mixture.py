@@ -294,5 +294,5 @@ def _continuations(model, tokenizer, data: DataConfig) -> dict[str, tuple[str, s
                 pad_token_id=tokenizer.pad_token_id,
             )
         continuation = tokenizer.decode(tokens[0, prompt.shape[1] :], skip_special_tokens=True)
-        continued[domain] = (f" {' '.join(tokenizer.decode(prompt[0]).split())}", continuation)
+        continued[domain] = (tokenizer.decode(prompt[0]), continuation)
     return continued

@@ -36,7 +36,7 @@ def as_text(results: dict, output: Path) -> str:
     lines.append(f"one routed pass does the work of {experts} separate passes {gain:.2f} times as fast")
     lines += ["", "Continuations by the saved mixture, reloaded", ""]
     for domain, (prompt, continuation) in results["continuations"].items():
-        lines.append(f"{Path(domain).name}:{prompt} ->{_one_line(continuation)}")
+        lines.append(f"{Path(domain).name}:{_one_line(prompt)} ->{_one_line(continuation)}")
     lines += ["", f"adapter   {output / MIXTURE}", f"results   {output / RESULTS}", f"picture   {output / PICTURE}"]
     return "\n".join(lines)
 

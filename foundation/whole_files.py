@@ -46,9 +46,10 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
+        rights = partial.stat().st_mode & 0o666
         for file in partial.rglob("*"):
             if file.is_file():
-                file.chmod(partial.stat().st_mode & 0o666)
+                file.chmod(rights)
         try:
             os.replace(partial, path)
         except OSError as taken:

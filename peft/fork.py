@@ -1,11 +1,11 @@
 """The PEFT fork: builds it from the pinned release, our modules and the patch queue, and keeps the queue.
 
-    python peft/fork.py build             lay upstream's files, patched, under peft/src
-    python peft/fork.py check             exit 1 unless queue, tree, README and git agree
-    python peft/fork.py refresh           take hand edits under peft/src into the queue
-    python peft/fork.py rebase 0.22.0     move the queue to another release
-    python peft/fork.py pr ~/src/peft     write the series onto a branch of a checkout of upstream
-    python peft/fork.py verify ~/src/peft prove that each commit of that branch stands alone
+    python peft/fork.py build              lay upstream's files, patched, under peft/src
+    python peft/fork.py check              exit 1 unless queue, tree, README and git agree
+    python peft/fork.py refresh            take hand edits under peft/src into the queue
+    python peft/fork.py rebase 0.22.0      move the queue to another release
+    python peft/fork.py pr ~/src/peft      write the series onto a branch of a checkout of upstream
+    python peft/fork.py verify ~/src/peft  prove that each commit of that branch stands alone
 
 It is also the PEP 517 build backend that `pip install ./peft` runs: each hook builds first and then leaves the rest
 to setuptools.
@@ -112,7 +112,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, run, help_: str) -> argparse.ArgumentParser:
-        example = next(line.strip() for line in calls.splitlines() if f"fork.py {name}" in line)
+        call = next(line.strip() for line in calls.splitlines() if f"fork.py {name}" in line)
+        example, _, _ = call.partition("  ")  # behind it stands what it does
         added = commands.add_parser(
             name, help=help_, description=help_, epilog=f"example: {example}", formatter_class=one_line
         )

@@ -330,11 +330,14 @@ def test_a_package_that_the_model_needs_is_named_and_no_benchmark_blamed(capsys,
     assert "needs the package bitsandbytes" in said and "benchmark" not in said
 
 
-def test_ctrl_c_is_a_line_and_leaves_no_file(capsys, monkeypatch, tmp_path):
-    def stop(source):
+@pytest.mark.parametrize("while_it", ["open_model", "validate", "as_table"])
+def test_ctrl_c_is_a_line_and_leaves_no_file(capsys, monkeypatch, tmp_path, while_it):
+    def stop(given):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(validate_moe_modifications, "validate", stop)
+    monkeypatch.setattr(validate_moe_modifications, "open_model", lambda name: None)
+    monkeypatch.setattr(validate_moe_modifications, "validate", lambda source: [])
+    monkeypatch.setattr(validate_moe_modifications, while_it, stop)
     assert validate_moe_modifications.main(["--json", str(tmp_path / "results.json")]) == 130
     assert capsys.readouterr().err.endswith("Stopped; nothing was written.\n")
     assert not list(tmp_path.iterdir())

@@ -57,6 +57,7 @@ from peft import (
 )
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.moe_router import RouterConfig
+from peft.utils import PeftWarning
 
 
 every_scope = pytest.mark.parametrize("scope", SCOPES)
@@ -636,6 +637,12 @@ class TestExport:
     def test_the_mixture_itself_is_not_exported(self, tmp_path):
         with pytest.raises(ValueError, match="no LoRA adapter 'default' to export"):
             tiny_mixture().export_expert("default", tmp_path)
+
+    def test_exporting_weights_that_are_not_there_warns(self, tmp_path):
+        model = tiny_mixture()
+        next(iter(model.base_model._adapted_layers().values())).lora_A["expert_1"].weight.data = torch.empty(0)
+        with pytest.warns(PeftWarning, match="expert_1"):
+            model.base_model.export_expert("expert_1", tmp_path)
 
     def test_exporting_changes_nothing_in_the_model(self, tmp_path):
         model = tiny_mixture()

@@ -147,9 +147,9 @@ def test_each_kind_of_row_is_measured_and_continued_as_it_was_trained(
     assert set(perplexity) == {"base", "mixture"}
     assert set(perplexity["mixture"]) == set(mixed.split(","))
     assert all(perplexity["mixture"][name] != perplexity["base"][name] for name in mixed.split(","))
-    prompts = {name: prompt for name, (prompt, _) in results["continuations"].items()}
-    assert prompts.pop(tiny_chats) == " Question: What is 0 plus one? Answer:"  # without its answer
-    assert all(prompt.startswith(" test 0 ") for prompt in prompts.values())
+    prompts = {name: " ".join(prompt.split()) for name, (prompt, _) in results["continuations"].items()}
+    assert prompts.pop(tiny_chats) == "Question: What is 0 plus one? Answer:"  # without its answer
+    assert all(prompt.startswith("test 0 ") for prompt in prompts.values())
 
 
 def test_without_a_comparison_no_lora_is_trained_and_the_table_still_stands(tiny_options, tmp_path):

@@ -107,30 +107,20 @@ def test_half_a_step_is_not_kept(damaged, tmp_path, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(student.parameters(), again.parameters(), strict=True))
 
 
-def test_a_checkpoint_of_another_model_is_refused(damaged, tmp_path, monkeypatch):
+def test_a_checkpoint_of_other_options_or_of_another_model_is_refused(damaged, tmp_path, monkeypatch):
     student, teacher = damaged
-
-    def stop(run, total):
-        raise RuntimeError
-
-    monkeypatch.setattr(_Run, "_step", stop)
-    with pytest.raises(RuntimeError):
-        finetune_routers(student, some_blocks(), FinetuneConfig(), checkpoint=tmp_path / "run.pt")
-    with pytest.raises(ValueError, match="is of another finetuning: weights is"):
-        finetune_routers(teacher, some_blocks(), FinetuneConfig(), checkpoint=tmp_path / "run.pt")
-
-
-def test_a_checkpoint_of_other_options_is_refused(damaged, tmp_path, monkeypatch):
-    student, _ = damaged
+    config, checkpoint = FinetuneConfig(lr=1e-3), tmp_path / "run.pt"
 
     def stop(run, total):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(_Run, "_step", stop)
     with pytest.raises(KeyboardInterrupt):
-        finetune_routers(student, some_blocks(), FinetuneConfig(lr=1e-3), checkpoint=tmp_path / "run.pt")
+        finetune_routers(student, some_blocks(), config, checkpoint=checkpoint)
     with pytest.raises(ValueError, match="another finetuning: lr is 0.001 there, 0.002 here"):
-        finetune_routers(student, some_blocks(), FinetuneConfig(lr=2e-3), checkpoint=tmp_path / "run.pt")
+        finetune_routers(student, some_blocks(), FinetuneConfig(lr=2e-3), checkpoint=checkpoint)
+    with pytest.raises(ValueError, match="another finetuning: weights is"):
+        finetune_routers(teacher, some_blocks(), config, checkpoint=checkpoint)
 
 
 def test_gradient_checkpointing_changes_nothing(damaged):

@@ -256,6 +256,7 @@ class RoutedLoraMixin:
             ValueError: there is no LoRA adapter of that name.
         """
         from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType, get_peft_model_state_dict
+        from peft.utils.save_and_load import _validate_lora_adapter_state_dict
 
         config = self.peft_config.get(name)
         if config is None or config.peft_type != PeftType.LORA:
@@ -271,6 +272,9 @@ class RoutedLoraMixin:
             state_dict = get_peft_model_state_dict(self, state_dict=weights, adapter_name=name)
         finally:
             self.peft_config = adapters
+        _validate_lora_adapter_state_dict(
+            state_dict, adapter_name=name
+        )  # which PEFT leaves out for weights it is given
         tensors = {f"base_model.{key}": value.detach().contiguous() for key, value in state_dict.items()}
         path = os.path.join(save_directory, SAFETENSORS_WEIGHTS_NAME)
         save_file(tensors, path + ".partial", metadata={"format": "pt"})
