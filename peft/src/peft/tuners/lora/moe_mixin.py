@@ -272,9 +272,7 @@ class RoutedLoraMixin:
             state_dict = get_peft_model_state_dict(self, state_dict=weights, adapter_name=name)
         finally:
             self.peft_config = adapters
-        _validate_lora_adapter_state_dict(
-            state_dict, adapter_name=name
-        )  # which PEFT leaves out for weights it is given
+        _validate_lora_adapter_state_dict(state_dict, name)  # left out above for weights that are given
         tensors = {f"base_model.{key}": value.detach().contiguous() for key, value in state_dict.items()}
         path = os.path.join(save_directory, SAFETENSORS_WEIGHTS_NAME)
         save_file(tensors, path + ".partial", metadata={"format": "pt"})
