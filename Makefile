@@ -67,7 +67,7 @@ validate: $(INSTALLED) ## check that routed LoRA computes what it says, on the c
 .PHONY: smollm2
 smollm2: $(INSTALLED) ## fetch SmolLM2-135M-Instruct into the cache, for --model_name smollm2-135m
 	@echo "== fetching SmolLM2-135M-Instruct"
-	$(VENV_PYTHON) -m foundation.smollm2
+	$(VENV_PYTHON) -m moe_common.models.smollm2
 
 .PHONY: continual
 continual: $(DATA) ## let prose, code and math arrive one after another; the mixture grows
@@ -134,7 +134,7 @@ $(INSTALLED): pyproject.toml constraints.txt $(QUEUE) | $(VENV_PYTHON)
 
 $(DATA): $(INSTALLED)
 	@echo "== fetching the text of the three domains into the cache"
-	$(VENV_PYTHON) -m foundation.data
+	$(VENV_PYTHON) -m moe_common.text.documents
 	@touch $@
 
 $(UPSTREAM): $(INSTALLED)

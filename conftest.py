@@ -38,7 +38,7 @@ def pristine_release() -> Path:
     """The pinned release of PEFT as it was published, unpacked once in the fork's cache."""
     sys.path.insert(0, str(FORK))
     try:
-        from fork_release import cache_folder, load_release, read_pin
+        from fork_tool.release import cache_folder, load_release, read_pin
     finally:
         sys.path.remove(str(FORK))
     pin = read_pin(FORK / "upstream.toml")

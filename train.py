@@ -11,14 +11,15 @@ import logging
 import sys
 from pathlib import Path
 
-from dylo_moe import continual, first_mixture, first_mixture_report
-from dylo_moe.adapters import MixtureConfig
-from dylo_moe.first_mixture import RunConfig
-from dylo_moe.training import TrainingConfig
-from dylo_moe.training_data import DataConfig
-from foundation.allocator import keep_freed_memory
-from foundation.commands import LOG_FORMAT, LOG_TIME, run_command
-from foundation.options import OptionParser, names_option
+from dylo_moe.continual import run as continual
+from dylo_moe.training import comparison, comparison_report
+from dylo_moe.training.adapters import MixtureConfig
+from dylo_moe.training.comparison import RunConfig
+from dylo_moe.training.data import DataConfig
+from dylo_moe.training.trainer import TrainingConfig
+from moe_common.runs.allocator import keep_freed_memory
+from moe_common.runs.commands import LOG_FORMAT, LOG_TIME, run_command
+from moe_common.runs.options import OptionParser, names_option
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,9 +38,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _train(mixture: MixtureConfig, data: DataConfig, training: TrainingConfig, config: RunConfig) -> str:
     if config.data_prep_only:
-        return first_mixture.report_data(data, training, config)
-    results = first_mixture.run(mixture, data, training, config)
-    return first_mixture_report.as_text(results, Path(config.output_dir)) if results else ""
+        return comparison.report_data(data, training, config)
+    results = comparison.run(mixture, data, training, config)
+    return comparison_report.as_text(results, Path(config.output_dir)) if results else ""
 
 
 def _grow(config: continual.ContinualConfig) -> str:
@@ -47,7 +48,7 @@ def _grow(config: continual.ContinualConfig) -> str:
 
 
 def _speak_as_first_process() -> None:
-    level = logging.INFO if first_mixture.is_first_process() else logging.ERROR
+    level = logging.INFO if comparison.is_first_process() else logging.ERROR
     logging.basicConfig(level=level, format=LOG_FORMAT, datefmt=LOG_TIME, stream=sys.stderr)
 
 

@@ -11,14 +11,14 @@ from types import ModuleType
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from dylo_moe.equivalence import validate
-from dylo_moe.equivalence_models import Source, open_checkpoint, open_model
-from dylo_moe.equivalence_report import as_json, as_table
-from foundation.allocator import keep_freed_memory
-from foundation.base_model import COMMITTED
-from foundation.commands import INTERRUPTED
-from foundation.options import PlainParser
-from foundation.whole_files import write_text
+from dylo_moe.equivalence.models import Source, open_checkpoint, open_model
+from dylo_moe.equivalence.report import as_json, as_table
+from dylo_moe.equivalence.validate import validate
+from moe_common.models.base_model import COMMITTED
+from moe_common.runs.allocator import keep_freed_memory
+from moe_common.runs.commands import INTERRUPTED
+from moe_common.runs.options import PlainParser
+from moe_common.runs.whole_files import write_text
 
 # Tokens of one forward in the speed table, as in `make bench`; fewer for a model that knows fewer positions.
 BENCHMARK_TOKENS = 512

@@ -9,7 +9,7 @@ from benchmarks.engine import MIN_ROUNDS, PARTS, run_part
 from benchmarks.machine import supports
 from benchmarks.models import SIZES, Setting
 from benchmarks.report import write_report
-from foundation.options import PlainParser
+from moe_common.runs.options import PlainParser
 
 ROUNDS = 15
 

@@ -19,8 +19,8 @@ from benchmarks.machine import machine, measured_code
 from benchmarks.models import Setting
 from benchmarks.operators import operators
 from benchmarks.parts import forward, memory, scaling, scope, training
-from foundation.allocator import keep_freed_memory
-from foundation.whole_files import write_text
+from moe_common.runs.allocator import keep_freed_memory
+from moe_common.runs.whole_files import write_text
 
 logger = logging.getLogger(__name__)
 

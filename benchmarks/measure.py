@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from benchmarks.models import Setting
 from benchmarks.ways import Run, Way
-from dylo_moe.throughput import time_in_turns
+from dylo_moe.training.throughput import time_in_turns
 
 # Largest difference from the loop over experts, as a share of what the experts add to the logits. float32: the worst
 # token, sums in another order. bfloat16 rounds each product to 8 bits, and now and then two experts' scores change

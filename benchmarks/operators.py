@@ -15,8 +15,8 @@ from benchmarks.measure import forward_of, step_of
 from benchmarks.models import SIZES, Setting, random_tokens
 from benchmarks.parts import build
 from benchmarks.ways import Way, all_ways, lora, routed
-from foundation.allocator import keep_freed_memory
-from foundation.options import PlainParser
+from moe_common.runs.allocator import keep_freed_memory
+from moe_common.runs.options import PlainParser
 
 SHOWN = 12
 TURNS = 5

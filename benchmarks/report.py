@@ -9,7 +9,7 @@ from benchmarks.measure import ratio
 from benchmarks.operators import as_text
 from benchmarks.plots import draw
 from benchmarks.targets import targets
-from foundation.whole_files import whole_file
+from moe_common.runs.whole_files import whole_file
 
 MiB = 2**20
 

@@ -11,7 +11,7 @@ TITLE = "API reference"
 PARTS = {
     "peft: routed LoRA": ("peft/src", ["peft/tuners/moe_lora/*.py", "peft/tuners/lora/moe_*.py"]),
     "dylo_moe": (".", ["dylo_moe/**/*.py"]),
-    "foundation": (".", ["foundation/**/*.py"]),
+    "moe_common": (".", ["moe_common/**/*.py"]),
     "moe_ext": (".", ["moe_ext/**/*.py"]),
 }
 

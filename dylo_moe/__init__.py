@@ -7,13 +7,13 @@
 What else you need, import from the module that holds it:
 
     dylo_moe.model        the mixture (`DyLoRA_MoE`), with its `ExpertManager` and its `DynamicHybridRouter`
-    dylo_moe.skills       the skills it has met (`SkillLibrary`); `dylo_moe.novelty` tells known from new
-    dylo_moe.continual    skills learnt one after another (`run`)
-    dylo_moe.training     train an adapter: resumable, routing watched (`train_adapter`, `TrainingConfig`)
+    dylo_moe.skills       the skills it has met (`SkillLibrary`); `dylo_moe.continual.novelty` tells known from new
+    dylo_moe.continual.run    skills learnt one after another (`run`)
+    dylo_moe.training.trainer     train an adapter: resumable, routing watched (`train_adapter`, `TrainingConfig`)
     dylo_moe.xlora        an X-LoRA of PEFT, taken over exactly (`load_xlora`)
-    dylo_moe.evaluate     perplexity by domain, lm-eval, HumanEval (`python -m dylo_moe.evaluate`)
+    dylo_moe.evaluate.command     perplexity by domain, lm-eval, HumanEval (`python -m dylo_moe.evaluate`)
 
-Text and base models come from the package `foundation`.
+Text and base models come from the package `moe_common`.
 """
 
 import importlib
@@ -23,9 +23,9 @@ _WHERE = {
     "DyLoRA_MoE": "dylo_moe.model",
     "DynamicHybridRouter": "dylo_moe.router",
     "ExpertManager": "dylo_moe.experts",
-    "NoveltyDetector": "dylo_moe.novelty",
+    "NoveltyDetector": "dylo_moe.continual.novelty",
     "SkillLibrary": "dylo_moe.skills",
-    "TwoPhaseLRScheduler": "dylo_moe.lr_schedule",
+    "TwoPhaseLRScheduler": "dylo_moe.continual.lr_schedule",
 }
 __all__ = sorted(_WHERE)
 

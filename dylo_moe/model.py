@@ -29,9 +29,9 @@ from dylo_moe.model_card import describe_mixture
 from dylo_moe.router import DynamicHybridRouter, HybridRouterConfig
 from dylo_moe.skills import SkillLibrary
 from dylo_moe.target_modules import find_target_modules, has_transposed_weights
-from foundation.base_identity import BaseIdentity
-from foundation.base_model import resolve_model_name
-from foundation.whole_files import write_json
+from moe_common.models.base_identity import BaseIdentity
+from moe_common.models.base_model import resolve_model_name
+from moe_common.runs.whole_files import write_json
 
 SETTINGS = "dylora.json"
 FORMAT = 1

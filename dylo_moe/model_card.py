@@ -15,8 +15,8 @@ from peft import LoraConfig, PeftModel
 
 from dylo_moe.experts import lora_weights
 from dylo_moe.skills import SkillLibrary
-from foundation.perplexity import measure_texts
-from foundation.whole_files import write_text
+from moe_common.models.perplexity import measure_texts
+from moe_common.runs.whole_files import write_text
 
 CARD = "README.md"
 HEADER = "---\nlibrary_name: peft\n---\n"  # PEFT adds the base model, tags and what the model is for

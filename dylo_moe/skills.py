@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from foundation.whole_files import whole_file, write_json
+from moe_common.runs.whole_files import whole_file, write_json
 
 LIST, TENSORS = "skills.json", "skills.safetensors"
 FORMAT = 1

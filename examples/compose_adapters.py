@@ -13,9 +13,9 @@ from peft import LoraConfig, MoELoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from dylo_moe.model_card import describe_lora, describe_mixture, measure_and_describe
-from foundation.base_model import load_base_model
-from foundation.data import load_documents, pack_documents
-from foundation.options import PlainParser, split_names
+from moe_common.models.base_model import load_base_model
+from moe_common.runs.options import PlainParser, split_names
+from moe_common.text.documents import load_documents, pack_documents
 
 
 def main(argv: list[str] | None = None) -> None:

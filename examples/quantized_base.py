@@ -12,9 +12,9 @@ from peft import MoELoraConfig, PeftModel, get_peft_model, prepare_model_for_kbi
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Trainer, TrainingArguments
 
 from dylo_moe.model_card import describe_mixture, measure_and_describe
-from foundation.base_model import resolve_model_name
-from foundation.data import load_documents, pack_documents
-from foundation.options import PlainParser
+from moe_common.models.base_model import resolve_model_name
+from moe_common.runs.options import PlainParser
+from moe_common.text.documents import load_documents, pack_documents
 
 
 def main(argv: list[str] | None = None) -> None:

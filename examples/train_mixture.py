@@ -11,9 +11,9 @@ from peft import AutoPeftModelForCausalLM, MoELoraConfig
 from trl import SFTConfig, SFTTrainer
 
 from dylo_moe.model_card import describe_mixture, measure_and_describe
-from foundation.base_model import load_base_model
-from foundation.data import load_documents
-from foundation.options import PlainParser
+from moe_common.models.base_model import load_base_model
+from moe_common.runs.options import PlainParser
+from moe_common.text.documents import load_documents
 
 
 def main(argv: list[str] | None = None) -> None:

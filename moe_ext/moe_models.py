@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from foundation.base_model import load_base_model
+from moe_common.models.base_model import load_base_model
 from moe_ext.routers import moe_layers
 
 SMALL_MOE = "small-moe"

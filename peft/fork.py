@@ -21,11 +21,11 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from fork_check import check
-from fork_moves import NewPatch, drop, rebase, refresh, removed_lines, take_commits
-from fork_pull_request import write_pull_request
-from fork_release import ForkError
-from fork_tree import Fork, build, is_leftover, own_files, read_manifest, stray_files
+from fork_tool.check import check
+from fork_tool.moves import NewPatch, drop, rebase, refresh, removed_lines, take_commits
+from fork_tool.pull_request import write_pull_request
+from fork_tool.release import ForkError
+from fork_tool.tree import Fork, build, is_leftover, own_files, read_manifest, stray_files
 
 
 HERE = Fork(Path(__file__).resolve().parent)
@@ -92,7 +92,7 @@ def _pr(fork: Fork, options: argparse.Namespace) -> int:
 
 
 def _verify(fork: Fork, options: argparse.Namespace) -> int:
-    from fork_verify import Verdict, verify  # not for the build hooks, which have no use for it
+    from fork_tool.verify import Verdict, verify  # not for the build hooks, which have no use for it
 
     def told(verdict: Verdict) -> None:
         print(f"{'FAILS' if verdict.wrong else 'stands'}  {verdict.subject}: {verdict.counts}", flush=True)

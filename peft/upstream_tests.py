@@ -27,9 +27,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from fork_patches import apply_queue
-from fork_release import ForkError, cache_folder, load_release
-from fork_tree import Fork, build, own_files
+from fork_tool.patches import apply_queue
+from fork_tool.release import ForkError, cache_folder, load_release
+from fork_tool.tree import Fork, build, own_files
 
 
 HERE = Fork(Path(__file__).resolve().parent)

@@ -17,18 +17,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from dylo_moe.continual import ContinualConfig, read_texts, run
-from dylo_moe.continual_baselines import train_in_sequence, train_joint
-from dylo_moe.continual_report import NAMES, mean_perplexity
+from dylo_moe.continual.baselines import train_in_sequence, train_joint
+from dylo_moe.continual.report import NAMES, mean_perplexity
+from dylo_moe.continual.router_replay import RouterReplay, refit_router
+from dylo_moe.continual.run import ContinualConfig, read_texts, run
 from dylo_moe.model import DyLoRA_MoE
-from dylo_moe.router_replay import RouterReplay, refit_router
-from foundation.allocator import keep_freed_memory
-from foundation.base_model import load_base_model
-from foundation.bracketing import bracket, lowest
-from foundation.commands import run_command
-from foundation.options import OptionParser
-from foundation.perplexity import measure_blocks
-from foundation.whole_files import write_text
+from moe_common.models.base_model import load_base_model
+from moe_common.models.perplexity import measure_blocks
+from moe_common.runs.allocator import keep_freed_memory
+from moe_common.runs.bracketing import bracket, lowest
+from moe_common.runs.commands import run_command
+from moe_common.runs.options import OptionParser
+from moe_common.runs.whole_files import write_text
 
 logger = logging.getLogger("search_continual")
 

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import get_args
 
-from foundation.allocator import keep_freed_memory
-from foundation.bracketing import bracket, lowest
-from foundation.commands import run_command
-from foundation.options import OptionParser, split_names
-from foundation.whole_files import write_text
+from moe_common.runs.allocator import keep_freed_memory
+from moe_common.runs.bracketing import bracket, lowest
+from moe_common.runs.commands import run_command
+from moe_common.runs.options import OptionParser, split_names
+from moe_common.runs.whole_files import write_text
 from moe_ext.router_ft.evaluate import mean_loss
 from moe_ext.router_ft.objectives import ObjectiveName
 from moe_ext.router_ft.run import Study, StudyOptions, parse_plan, prepare

@@ -1,7 +1,7 @@
-"""Train the small Llama-type base model that is committed in foundation/base.
+"""Train the small Llama-type base model that is committed in moe_common/models/base.
 
-    python scripts/train_base_tokenizer.py --output foundation/base
-    python scripts/train_base.py --steps 2400 --run_folder runs/base --output foundation/base
+    python scripts/train_base_tokenizer.py --output moe_common/models/base
+    python scripts/train_base.py --steps 2400 --run_folder runs/base --output moe_common/models/base
 
 The report beside the weights (training_report.json) holds the options of the committed run, how long it took and what
 it reached. On a CPU with AMX, --bf16 True --compile True make it several times faster. With other work on the same
@@ -37,13 +37,13 @@ from transformers import (
     PreTrainedModel,
 )
 
-from foundation.allocator import keep_freed_memory
-from foundation.commands import run_command
-from foundation.domains import DOMAINS
-from foundation.options import OptionParser, check_at_least
-from foundation.packing import token_stream
-from foundation.perplexity import measure_texts
-from foundation.whole_files import whole_file, write_json
+from moe_common.models.perplexity import measure_texts
+from moe_common.runs.allocator import keep_freed_memory
+from moe_common.runs.commands import run_command
+from moe_common.runs.options import OptionParser, check_at_least
+from moe_common.runs.whole_files import whole_file, write_json
+from moe_common.text.domains import DOMAINS
+from moe_common.text.packing import token_stream
 
 logger = logging.getLogger("train_base")
 
@@ -56,7 +56,7 @@ QUICK_BLOCKS = 16  # of each domain's validation text, measured while training r
 class BaseTrainingConfig:
     run_folder: str = field(metadata={"help": "Folder of the checkpoint; a run found there is continued."})
     output: str = field(
-        default="foundation/base",
+        default="moe_common/models/base",
         metadata={"help": "Folder that holds the tokenizer and receives the model and its report."},
     )
     steps: int = field(default=2400, metadata={"help": "Optimiser steps in all, those of earlier runs included."})

@@ -1,6 +1,6 @@
 """Train the byte-level BPE tokenizer of the committed base model on the three domains.
 
-    python scripts/train_base_tokenizer.py --output foundation/base
+    python scripts/train_base_tokenizer.py --output moe_common/models/base
 
 Numbers are cut into single digits (arithmetic is learnt far more easily so), and each domain gives the same number of
 characters, so that no domain's words crowd out another's.
@@ -12,8 +12,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from foundation.domains import DOMAINS
-from foundation.options import PlainParser
+from moe_common.runs.options import PlainParser
+from moe_common.text.domains import DOMAINS
 
 VOCABULARY = 4096
 CONTEXT = 512  # tokens; what the base model is trained with
@@ -75,7 +75,7 @@ def balanced_texts():
 
 def main(argv: list[str] | None = None) -> int:
     parser = PlainParser(
-        __doc__.splitlines()[0], example="python scripts/train_base_tokenizer.py --output foundation/base"
+        __doc__.splitlines()[0], example="python scripts/train_base_tokenizer.py --output moe_common/models/base"
     )
     parser.add_argument("--output", type=Path, metavar="DIR", required=True, help="folder of the tokenizer's files")
     output = parser.parse_args(argv).output

@@ -26,12 +26,12 @@ from torch import Tensor
 from train_base import BaseTrainingConfig, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, OlmoeConfig, OlmoeForCausalLM
 
-from foundation.base_model import COMMITTED_FOLDER as BASE_FOLDER
-from foundation.commands import run_command
-from foundation.domains import DOMAINS
-from foundation.options import OptionParser
-from foundation.packing import pack_documents
-from foundation.whole_files import write_json
+from moe_common.models.base_model import COMMITTED_FOLDER as BASE_FOLDER
+from moe_common.runs.commands import run_command
+from moe_common.runs.options import OptionParser
+from moe_common.runs.whole_files import write_json
+from moe_common.text.domains import DOMAINS
+from moe_common.text.packing import pack_documents
 
 SHAPE = {
     "hidden_size": 128,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from foundation.base_model import load_base_model
+from moe_common.models.base_model import load_base_model
 
 TEXTS = {
     "rain": "rain falls on the hills and runs to the sea again and again",

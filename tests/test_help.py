@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("benchmarks", "dylo_moe", "foundation", "moe_ext")
+PACKAGES = ("benchmarks", "dylo_moe", "moe_common", "moe_ext")
 KIND = r" (?:[A-Z][A-Z=_]*|\{[^}]*\})(?: \[[A-Z]+ \.\.\.\]| \.\.\.)?"
 OPTION = re.compile(rf"^  (?:--?\w[\w-]*(?:{KIND})?(?:, )?)+(?:  +(?P<text>\S.*))?$")
 LONGEST = 160  # characters of a line

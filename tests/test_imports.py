@@ -1,4 +1,4 @@
-"""Imports point one way: fork and foundation <- dylo_moe <- scripts, and the same two <- each tool of moe_ext."""
+"""Imports point one way: fork and moe_common <- dylo_moe <- scripts, and the same two <- each tool of moe_ext."""
 
 import ast
 from collections.abc import Iterator
@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("dylo_moe", "foundation", "moe_ext")
+PACKAGES = ("dylo_moe", "moe_common", "moe_ext")
 # Front doors, as are the files at the top: they import the packages, and nothing imports them.
 SCRIPT_FOLDERS = ("benchmarks", "examples", "scripts")
 IMPORT_FUNCTIONS = ("import_module", "__import__", "importorskip")
 
 
 def layer_of(path: Path, root: Path = ROOT) -> str:
-    """What a file belongs to: fork tool, fork, foundation, dylo_moe, moe_ext, moe_ext.<tool> or script."""
+    """What a file belongs to: fork tool, fork, moe_common, dylo_moe, moe_ext, moe_ext.<tool> or script."""
     parts = path.relative_to(root).parts
     if parts[0] == "peft":
         return "fork" if parts[1] in ("src", "tests", "examples") else "fork tool"
@@ -57,8 +57,8 @@ def why_refused(layer: str, module: str, *, tools: set[str], scripts: set[str]) 
         return "the tool that builds the fork runs before anything is installed"
     if layer == "fork" and top in PACKAGES:
         return "the fork stands below everything of this project"
-    if layer == "foundation" and top in ("dylo_moe", "moe_ext"):
-        return "the foundation stands below dylo_moe and moe_ext"
+    if layer == "moe_common" and top in ("dylo_moe", "moe_ext"):
+        return "the moe_common stands below dylo_moe and moe_ext"
     if layer == "dylo_moe" and top == "moe_ext":
         return "dylo_moe and moe_ext never import each other"
     if layer.startswith("moe_ext"):
@@ -99,7 +99,13 @@ def test_every_import_points_downwards():
 
 def test_the_files_that_are_checked_are_there():
     checked = {path.relative_to(ROOT).as_posix() for path in source_files(ROOT)}
-    assert checked >= {"foundation/data.py", "dylo_moe/model.py", "moe_ext/__init__.py", "peft/fork.py", "train.py"}
+    assert checked >= {
+        "moe_common/text/documents.py",
+        "dylo_moe/model.py",
+        "moe_ext/__init__.py",
+        "peft/fork.py",
+        "train.py",
+    }
     assert any(path.startswith("peft/src/peft/tuners/lora/moe_") for path in checked)
 
 
@@ -108,10 +114,10 @@ def test_the_files_that_are_checked_are_there():
     [
         ("peft/src/peft/tuners/lora/moe_layer.py", "from dylo_moe.router import Router"),
         ("peft/src/peft/tuners/lora/moe_layer.py", "import moe_ext"),
-        ("peft/src/peft/tuners/lora/moe_layer.py", "import foundation"),
+        ("peft/src/peft/tuners/lora/moe_layer.py", "import moe_common"),
         ("peft/fork.py", "import peft"),
-        ("foundation/data.py", "from dylo_moe.model import DyLoRA_MoE"),
-        ("foundation/data.py", "import moe_ext"),
+        ("moe_common/text/documents.py", "from dylo_moe.model import DyLoRA_MoE"),
+        ("moe_common/text/documents.py", "import moe_ext"),
         ("dylo_moe/router.py", "from moe_ext.routers import find_routers"),
         ("dylo_moe/router.py", "import train"),
         ("dylo_moe/deep/router.py", "from benchmarks import test_speed"),
@@ -138,12 +144,15 @@ def test_an_import_that_points_the_wrong_way_is_found(tmp_path, path, line):
     ("path", "line"),
     [
         ("dylo_moe/router.py", "import peft\nfrom peft.tuners.lora.moe_router import RouterConfig"),
-        ("dylo_moe/router.py", "from . import experts\nfrom foundation.data import load_documents"),
+        ("dylo_moe/router.py", "from . import experts\nfrom moe_common.text.documents import load_documents"),
         ("moe_ext/moqe/blend.py", "from . import __init__\nfrom moe_ext.moqe.formats import Int4"),
         ("moe_ext/moqe/blend.py", "from moe_ext import routers\nfrom ..routers import find_routers"),
-        ("moe_ext/router_ft/plan.py", "from peft import LoraConfig\nfrom foundation.data import load_documents"),
-        ("foundation/data.py", "from foundation.domains import DOMAINS"),
-        ("scripts/train_base.py", "import foundation.data\nfrom moe_ext.moqe import blend"),
+        (
+            "moe_ext/router_ft/plan.py",
+            "from peft import LoraConfig\nfrom moe_common.text.documents import load_documents",
+        ),
+        ("moe_common/text/documents.py", "from moe_common.text.domains import DOMAINS"),
+        ("scripts/train_base.py", "import moe_common.text.documents\nfrom moe_ext.moqe import blend"),
         ("peft/src/peft/tuners/lora/moe_layer.py", "from .layer import LoraLayer\nfrom peft.utils import other"),
     ],
 )
@@ -157,7 +166,7 @@ def make_house(root: Path) -> None:
     for path in (
         "train.py",
         "dylo_moe/experts.py",
-        "foundation/data.py",
+        "moe_common/text/documents.py",
         "moe_ext/routers.py",
         "moe_ext/moqe/blend.py",
         "moe_ext/router_ft/b.py",

@@ -156,6 +156,6 @@ def test_import_peft_in_the_top_folder_gives_the_fork_and_not_the_folder():
 
 
 def test_the_committed_base_is_part_of_the_package():
-    held = {path.name for path in (ROOT / "foundation" / "base").iterdir() if path.is_file()}
+    held = {path.name for path in (ROOT / "moe_common" / "models" / "base").iterdir() if path.is_file()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= held
-    assert read_toml("pyproject.toml")["tool"]["setuptools"]["package-data"]["foundation"] == ["base/*"]
+    assert read_toml("pyproject.toml")["tool"]["setuptools"]["package-data"]["moe_common"] == ["models/base/*"]

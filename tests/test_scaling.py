@@ -17,7 +17,7 @@ from accelerate.commands.launch import launch_command_parser
 from safetensors.torch import load_file
 
 import train
-from dylo_moe import first_mixture
+from dylo_moe.training import comparison
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,7 +36,7 @@ def as_if_on_accelerators(self, *args, **kwargs):
 
 state.PartialState.__init__ = as_if_on_accelerators
 import train
-from dylo_moe.training import RoutedTrainer
+from dylo_moe.training.trainer import RoutedTrainer
 
 saved = RoutedTrainer.save_model
 
@@ -79,7 +79,7 @@ def one_process(tiny_options, tmp_path_factory):
         return tiny_options(folder / name, **{**chosen, **changed})
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(first_mixture, "_speeds", lambda *args: {"base": 1.0, "routed": 1.0, "separate": 1.0})
+        patch.setattr(comparison, "_speeds", lambda *args: {"base": 1.0, "routed": 1.0, "separate": 1.0})
         assert train.main(argv("one", train_batch_size=4)) == 0
     return folder, argv
 

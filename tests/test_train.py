@@ -12,18 +12,19 @@ import pytest
 from peft import PeftConfig
 
 import train
-from dylo_moe import continual, first_mixture
+from dylo_moe.continual import run as continual
+from dylo_moe.training import comparison
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Leave out what comes after training; it is tested in test_first_mixture.py."""
-    monkeypatch.setattr(first_mixture, "_perplexities", lambda *args: {"base": {}, "mixture": {}})
-    monkeypatch.setattr(first_mixture, "_speeds", lambda *args: {"base": 1.0, "routed": 1.0, "separate": 1.0})
-    monkeypatch.setattr(first_mixture, "_continuations", lambda *args: {})
-    monkeypatch.setattr(first_mixture, "draw_usage", lambda *args: None)
+    """Leave out what comes after training; it is tested in training/test_comparison.py."""
+    monkeypatch.setattr(comparison, "_perplexities", lambda *args: {"base": {}, "mixture": {}})
+    monkeypatch.setattr(comparison, "_speeds", lambda *args: {"base": 1.0, "routed": 1.0, "separate": 1.0})
+    monkeypatch.setattr(comparison, "_continuations", lambda *args: {})
+    monkeypatch.setattr(comparison, "draw_usage", lambda *args: None)
 
 
 def history(run: Path) -> list[dict]:
@@ -63,10 +64,10 @@ def test_epochs_batch_and_accumulation_give_the_number_of_steps(tiny_options, tm
     assert train.main(argv) == 0
     settings = json.loads((tmp_path / "settings.json").read_text())
     assert settings["training"]["num_epochs"] == 2
-    data = first_mixture.DataConfig(**settings["data"])
-    _, tokenizer = first_mixture.load_base_model(settings["run"]["model_name"])
+    data = comparison.DataConfig(**settings["data"])
+    _, tokenizer = comparison.load_base_model(settings["run"]["model_name"])
     rows = sum(
-        len(first_mixture.prepare(name, "train", tokenizer, data, seed=0, apart=True).rows) for name in data.domains
+        len(comparison.prepare(name, "train", tokenizer, data, seed=0, apart=True).rows) for name in data.domains
     )
     batches = -(-rows // 3)
     assert history(tmp_path)[-1]["step"] == 2 * -(-batches // 4)
@@ -266,7 +267,7 @@ def test_begun_anew_and_stopped_nothing_of_the_run_before_passes_for_trained(tin
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(first_mixture, "train_adapter", stop)
+    monkeypatch.setattr(comparison, "train_adapter", stop)
     assert train.main([*tiny_options(tmp_path), "--resume_from_checkpoint", "false"]) == 130
     for name in ("mixture", "lora"):
         assert not (tmp_path / name / "finished.json").exists()

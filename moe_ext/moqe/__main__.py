@@ -2,13 +2,13 @@
 
 import sys
 
-from foundation.commands import Command, run_program
-from moe_ext.moqe.eval_command import evaluate
-from moe_ext.moqe.memory_command import memory
+from moe_common.runs.commands import Command, run_program
+from moe_ext.moqe.commands.evaluate import evaluate
+from moe_ext.moqe.commands.memory import memory
+from moe_ext.moqe.commands.quantize import quantize
+from moe_ext.moqe.commands.run import run
+from moe_ext.moqe.commands.train import train
 from moe_ext.moqe.options import EvalOptions, MemoryOptions, QuantizeOptions, RunOptions, TrainOptions
-from moe_ext.moqe.quantize_command import quantize
-from moe_ext.moqe.run_command import run
-from moe_ext.moqe.train_command import train
 
 
 def train_and_say(options: TrainOptions) -> str:

@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field, fields
 from typing import Literal, get_args
 
-from foundation.data import Part
-from foundation.options import check_at_least
-from moe_ext.moqe.experts import Dtype, GgufBackend
-from moe_ext.moqe.router import Mode, RouterConfig
+from moe_common.runs.options import check_at_least
+from moe_common.text.documents import Part
+from moe_ext.moqe.experts.expert import Dtype, GgufBackend
+from moe_ext.moqe.mixture.router import Mode, RouterConfig
 
 SCHEME_HELP = "int2 ... int8, int2@SOURCE, nf4, bnb8, q8_0, q4_1, f16, full; by commas."
 EXPERT_HELP = "folders, GGUF files, base, smollm2-135m, smollm2-135m.gguf, hub ids."

@@ -2,11 +2,11 @@
 
 import sys
 
-from foundation.commands import Command, run_program
-from moe_ext.multi_token.bench import bench
-from moe_ext.multi_token.infer_command import infer
+from moe_common.runs.commands import Command, run_program
+from moe_ext.multi_token.commands.bench import bench
+from moe_ext.multi_token.commands.infer import infer
+from moe_ext.multi_token.commands.train import train
 from moe_ext.multi_token.options import BenchOptions, InferOptions, TrainOptions
-from moe_ext.multi_token.train_command import train
 
 
 def train_and_say(options: TrainOptions) -> str:

@@ -3,11 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from foundation.base_model import Quantization
-from foundation.options import check_at_least
-from moe_ext.multi_token.generation import Mode
-from moe_ext.multi_token.heads import HeadKind
-from moe_ext.multi_token.model import MultiTokenConfig
+from moe_common.models.base_model import Quantization
+from moe_common.runs.options import check_at_least
+from moe_ext.multi_token.decoding.generation import Mode
+from moe_ext.multi_token.model.heads import HeadKind
+from moe_ext.multi_token.model.mixture import MultiTokenConfig
 
 
 @dataclass(kw_only=True)

@@ -2,7 +2,7 @@
 
 import sys
 
-from foundation.commands import Command, run_program
+from moe_common.runs.commands import Command, run_program
 from moe_ext.router_ft import commands
 from moe_ext.router_ft.run import RunOptions, run
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from foundation.whole_files import write_text
+from moe_common.runs.whole_files import write_text
 from moe_ext.router_ft.matrices import Matrix
 
 Estimate = Literal["mid", "hill", "ks"]

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from foundation.data import Part, load_documents
-from foundation.options import split_names
-from foundation.packing import pack_documents
+from moe_common.runs.options import split_names
+from moe_common.text.documents import Part, load_documents
+from moe_common.text.packing import pack_documents
 
 LONGEST_DEFAULT = 2048  # tokens; shorter where the model's context is
 
@@ -70,7 +70,7 @@ def text_blocks(
     """Blocks of text [N, L], the same number of each source (the first ones get the remainder), in random order.
 
     Args:
-        sources: as `foundation.data.load_documents` takes them.
+        sources: as `moe_common.text.documents.load_documents` takes them.
         split: of the sources.
         tokenizer: the model's own.
         num_blocks: in all (N).

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
-from foundation.whole_files import whole_folder, write_json
+from moe_common.runs.whole_files import whole_folder, write_json
 from moe_ext.router_ft.formats import SCALE_DTYPE, check_format, scheme_json
 from moe_ext.router_ft.plan import Plan
 from moe_ext.routers import router_parameters

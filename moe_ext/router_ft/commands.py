@@ -10,9 +10,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from foundation.data import Part
-from foundation.options import check_at_least, split_names
-from foundation.whole_files import whole_folder, write_json
+from moe_common.runs.options import check_at_least, split_names
+from moe_common.runs.whole_files import whole_folder, write_json
+from moe_common.text.documents import Part
 from moe_ext.gptq import BLOCK_SIZE, DAMP
 from moe_ext.moe_models import SMALL_MOE, load_moe
 from moe_ext.router_ft.allocation import Sensitivity, allocate

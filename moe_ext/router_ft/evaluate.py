@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from foundation.data import Part, load_documents
-from foundation.packing import pack_documents
+from moe_common.text.documents import Part, load_documents
+from moe_common.text.packing import pack_documents
 
 
 @dataclass(frozen=True)

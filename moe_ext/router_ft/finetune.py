@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from foundation.whole_files import whole_file
+from moe_common.runs.whole_files import whole_file
 from moe_ext.router_ft.objectives import ObjectiveName, make_objective
 from moe_ext.routers import router_parameters
 

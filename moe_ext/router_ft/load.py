@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from foundation.whole_files import whole_file
+from moe_common.runs.whole_files import whole_file
 from moe_ext.router_ft.checkpoint import PLAN, RECORD, read_tensors
 from moe_ext.router_ft.formats import check_format, unpack
 from moe_ext.router_ft.matrices import find_matrices

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from foundation.whole_files import write_json
+from moe_common.runs.whole_files import write_json
 from moe_ext.router_ft.formats import bits_per_weight, check_format, group_size
 from moe_ext.router_ft.matrices import Matrix
 

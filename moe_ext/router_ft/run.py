@@ -22,9 +22,9 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from foundation.data import Part
-from foundation.options import check_at_least, split_names
-from foundation.whole_files import write_json, write_text
+from moe_common.runs.options import check_at_least, split_names
+from moe_common.runs.whole_files import write_json, write_text
+from moe_common.text.documents import Part
 from moe_ext.moe_models import SMALL_MOE, load_moe
 from moe_ext.router_ft.allocation import allocate
 from moe_ext.router_ft.alpha import alpha_table

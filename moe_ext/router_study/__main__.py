@@ -2,13 +2,13 @@
 
 import sys
 
-from foundation.commands import Command, run_program
+from moe_common.runs.commands import Command, run_program
 from moe_ext.router_study import options
-from moe_ext.router_study.evolution_command import evolution
-from moe_ext.router_study.intervene_command import intervene_on
-from moe_ext.router_study.overhead_command import overhead
-from moe_ext.router_study.reproduce import reproduce_olmoe
-from moe_ext.router_study.run_command import run
+from moe_ext.router_study.commands.evolution import evolution
+from moe_ext.router_study.commands.intervene import intervene_on
+from moe_ext.router_study.commands.overhead import overhead
+from moe_ext.router_study.commands.reproduce import reproduce_olmoe
+from moe_ext.router_study.commands.run import run
 
 COMMANDS = {
     "run": Command(options.RunOptions, run, "Measure what the routers of a mixture do with text, and write a report."),

@@ -4,12 +4,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from foundation.data import Part
-from foundation.options import check_at_least
+from moe_common.runs.options import check_at_least
+from moe_common.text.documents import Part
 from moe_ext.moe_models import SMALL_MOE
-from moe_ext.router_study.causal import NOWHERE
+from moe_ext.router_study.analysis.causal import NOWHERE
 from moe_ext.router_study.metrics.vocabulary import LEAST_SEEN
-from moe_ext.router_study.track import ReportTo
+from moe_ext.router_study.report.track import ReportTo
 
 MODEL_HELP = "small-moe, a folder of a mixture or of a routed LoRA mixture, or a hub model as owner/name."
 OLMOE = "allenai/OLMoE-1B-7B-0924"

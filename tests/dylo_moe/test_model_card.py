@@ -10,8 +10,8 @@ from peft import AutoPeftModelForCausalLM, MoELoraConfig, get_peft_model
 
 from dylo_moe import DyLoRA_MoE
 from dylo_moe.model_card import CARD, describe_mixture, describe_training, measure_and_describe
-from foundation.base_model import load_base_model
-from foundation.perplexity import measure_texts
+from moe_common.models.base_model import load_base_model
+from moe_common.models.perplexity import measure_texts
 
 
 def card_rows(folder) -> dict[str, str]:

@@ -26,8 +26,9 @@ def home(tmp_path, offline, capsys) -> FakeFork:
     """A fork of the made-up release 9.0.0, which is in the cache; the queue is empty and nothing is built."""
     root = tmp_path / "peft"
     root.mkdir()
-    for name in [*(path.name for path in FORK_FOLDER.glob("fork*.py")), ".gitignore", "MANIFEST.in"]:
+    for name in ["fork.py", ".gitignore", "MANIFEST.in"]:
         shutil.copy(FORK_FOLDER / name, root / name)
+    shutil.copytree(FORK_FOLDER / "fork_tool", root / "fork_tool", ignore=shutil.ignore_patterns("__pycache__"))
     project = (FORK_FOLDER / "pyproject.toml").read_text()
     (root / "pyproject.toml").write_text(project.split("[tool.setuptools.dynamic.optional-dependencies]")[0])
     (root / "README.md").write_text("# A fork\n\nRemoved lines: 0\n")
@@ -55,7 +56,7 @@ def queue(home) -> FakeFork:
 @pytest.fixture
 def checkout(tmp_path, monkeypatch) -> Path:
     """A git checkout of upstream's repository at 9.0.0, with a user who has a name."""
-    import fork_release
+    from fork_tool import release as fork_release
 
     config = tmp_path / "gitconfig"
     config.write_text("[user]\n\tname = Ada\n\temail = ada@example.org\n[init]\n\tdefaultBranch = main\n")

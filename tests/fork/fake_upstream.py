@@ -114,7 +114,7 @@ class FakeFork:
 
     def run(self, *argv: str) -> tuple[int, str, str]:
         import fork
-        import fork_tree
+        from fork_tool import tree as fork_tree
 
         self.capsys.readouterr()
         code = fork.main(list(map(str, argv)), fork_tree.Fork(self.root))

@@ -9,12 +9,12 @@ import zipfile
 from pathlib import Path
 
 import fork
-import fork_check
-import fork_moves
-import fork_release
-import fork_tree
 import pytest
 from fake_upstream import FORK_FOLDER
+from fork_tool import check as fork_check
+from fork_tool import moves as fork_moves
+from fork_tool import release as fork_release
+from fork_tool import tree as fork_tree
 
 REAL = fork_tree.Fork(FORK_FOLDER)
 

@@ -10,11 +10,11 @@ import tomllib
 from pathlib import Path
 
 import fork
-import fork_pull_request
-import fork_release
-import fork_tree
 import pytest
 from fake_upstream import FORK_FOLDER, FakeFork
+from fork_tool import pull_request as fork_pull_request
+from fork_tool import release as fork_release
+from fork_tool import tree as fork_tree
 from peft import LoraConfig, MoELoraConfig, PeftConfig, get_peft_model
 
 REAL = fork_tree.Fork(FORK_FOLDER)

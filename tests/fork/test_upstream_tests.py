@@ -5,10 +5,10 @@ import os
 import subprocess
 import sys
 
-import fork_tree
 import pytest
 import upstream_tests
 from fake_upstream import FILES, FORK_FOLDER, write_sdist
+from fork_tool import tree as fork_tree
 from upstream_tests import WANTS_THE_HUB, Side, describe, differences
 
 

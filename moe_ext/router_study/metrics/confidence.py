@@ -12,8 +12,8 @@ import math
 import torch
 from torch import Tensor
 
+from moe_ext.router_study.collect.totals import Totals
 from moe_ext.router_study.metrics.metric import Metric
-from moe_ext.router_study.totals import Totals
 
 
 def _mean(totals: Totals, place: int) -> Tensor:

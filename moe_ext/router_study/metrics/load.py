@@ -8,8 +8,8 @@ import math
 import torch
 from torch import Tensor
 
+from moe_ext.router_study.collect.totals import Totals
 from moe_ext.router_study.metrics.metric import Metric
-from moe_ext.router_study.totals import Totals
 
 
 def share(totals: Totals) -> Tensor:

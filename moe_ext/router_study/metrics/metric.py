@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from moe_ext.router_study.sample import Shuffle
-from moe_ext.router_study.totals import Totals
+from moe_ext.router_study.collect.sample import Shuffle
+from moe_ext.router_study.collect.totals import Totals
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ Shape letters: D domains, L gates.
 import torch
 from torch import Tensor
 
+from moe_ext.router_study.collect.totals import Totals
 from moe_ext.router_study.metrics.metric import Metric
-from moe_ext.router_study.totals import Totals
 
 
 def first_choice(totals: Totals) -> Tensor:

@@ -4,8 +4,8 @@ import pytest
 import torch
 from moqe_testing import quantize_to
 
-from moe_ext.moqe.mixture import MoQEModel
-from moe_ext.moqe.router import RouterConfig
+from moe_ext.moqe.mixture.model import MoQEModel
+from moe_ext.moqe.mixture.router import RouterConfig
 
 
 @pytest.fixture(scope="session")

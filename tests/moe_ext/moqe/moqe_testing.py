@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from moe_ext.moqe.__main__ import main
+from moe_ext.moqe.commands.quantize import quantize
 from moe_ext.moqe.options import QuantizeOptions
-from moe_ext.moqe.quantize_command import quantize
 
 
 def quantize_to(folder: Path, model, schemes: str, **options) -> list[Path]:

@@ -14,9 +14,9 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from moe_ext.multi_token.generation import DecodingLoop
-from moe_ext.multi_token.model import MultiTokenConfig, MultiTokenMoE
-from moe_ext.multi_token.planning import FixedPlan
+from moe_ext.multi_token.decoding.generation import DecodingLoop
+from moe_ext.multi_token.decoding.planning import FixedPlan
+from moe_ext.multi_token.model.mixture import MultiTokenConfig, MultiTokenMoE
 
 VOCABULARY = 40
 END = 1

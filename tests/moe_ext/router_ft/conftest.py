@@ -4,7 +4,7 @@ import pytest
 import torch
 from moe_families import FAMILIES, tiny_moe
 
-from foundation.base_model import load_base_model
+from moe_common.models.base_model import load_base_model
 from moe_ext.router_ft.formats import FORMATS
 from moe_ext.router_ft.matrices import find_matrices
 from moe_ext.router_ft.plan import Plan

@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("compressed_tensors", reason="needs the extra 'quant'")
 pytest.importorskip("scipy", reason="needs the extra 'quant'")
 
-from foundation.base_model import COMMITTED_FOLDER
+from moe_common.models.base_model import COMMITTED_FOLDER
 from moe_ext.router_ft.__main__ import COMMANDS, main
 from moe_ext.router_ft.load import load, read_tensors
 from moe_ext.routers import router_parameters

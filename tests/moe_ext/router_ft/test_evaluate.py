@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from foundation.perplexity import measure_blocks
+from moe_common.models.perplexity import measure_blocks
 from moe_ext.router_ft.evaluate import HeldOut, block_losses, evaluate_tasks, losses_by_source, summary
 
 BLOCKS = torch.randint(3, 64, (5, 20), generator=torch.Generator().manual_seed(0))

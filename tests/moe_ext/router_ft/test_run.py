@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("compressed_tensors", reason="needs the extra 'quant'")
 pytest.importorskip("scipy", reason="needs the extra 'quant'")
 
-from foundation.options import OptionParser, split_names
+from moe_common.runs.options import OptionParser, split_names
 from moe_ext.router_ft import run as run_module
 from moe_ext.router_ft.run import RunOptions, parse_plan, run
 

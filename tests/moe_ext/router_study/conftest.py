@@ -4,7 +4,7 @@ import pytest
 import torch
 from moe_families import FAMILIES, tiny_moe
 
-from foundation.base_model import load_base_model
+from moe_common.models.base_model import load_base_model
 
 WORDS = ["the", "of", "and", "a", "in", "to", "was", "is", "for", "on", "by", "with", "from", "at", "it", "as", "are"]
 

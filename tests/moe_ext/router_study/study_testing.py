@@ -6,11 +6,11 @@ import torch
 from peft import MoELoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from moe_ext.router_study.collector import Activations
-from moe_ext.router_study.counts import Counts
-from moe_ext.router_study.gates import Gates, Routing
-from moe_ext.router_study.sample import Sample
-from moe_ext.router_study.vocabulary_counts import VocabularyCounts
+from moe_ext.router_study.collect.collector import Activations
+from moe_ext.router_study.collect.counts import Counts
+from moe_ext.router_study.collect.sample import Sample
+from moe_ext.router_study.collect.vocabulary_counts import VocabularyCounts
+from moe_ext.router_study.gates.base import Gates, Routing
 
 SURE = 30.0  # a score so far above 0 that softmax gives all to it
 

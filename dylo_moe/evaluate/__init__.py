@@ -1,0 +1,1 @@
+"""`python -m dylo_moe.evaluate`: perplexity by domain, lm-eval tasks and HumanEval of a trained adapter."""

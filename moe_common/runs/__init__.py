@@ -1,0 +1,1 @@
+"""What a command and its run need: options, checkpoints, whole files, downloads."""

@@ -1,0 +1,1 @@
+"""Text: documents by name, packing into blocks, batches."""

@@ -1,0 +1,1 @@
+"""The frozen experts: how they are stored, quantised, told apart and run."""

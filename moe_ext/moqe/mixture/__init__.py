@@ -1,0 +1,1 @@
+"""The mixture of quantised experts: its router, its model, its folder."""

@@ -1,0 +1,1 @@
+"""From text to a trained router, and what each way to use the experts costs."""

@@ -1,0 +1,1 @@
+"""Generation: who drafts, how much, and which drafts stand."""

@@ -1,0 +1,1 @@
+"""What is made of the collected routing: measures, interventions, comparisons of checkpoints."""

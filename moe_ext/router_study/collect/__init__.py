@@ -1,0 +1,1 @@
+"""What is read while a model runs: counts, totals, a sample, the words."""

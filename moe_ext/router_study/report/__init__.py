@@ -1,0 +1,1 @@
+"""The report: figures, pictures, tables and the page."""

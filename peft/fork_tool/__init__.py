@@ -1,0 +1,1 @@
+"""The modules of fork.py and the upstream tests. They run before anything is installed: standard library only."""
