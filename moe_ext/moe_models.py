@@ -14,6 +14,7 @@ from moe_ext.routers import moe_layers
 
 SMALL_MOE = "small-moe"
 SMALL_MOE_FOLDER = Path(__file__).parent / "small_moe"
+MODEL_HELP = "small-moe, a local folder, or a hub model as owner/name."
 
 
 def load_moe(
@@ -37,3 +38,8 @@ def load_moe(
     model, tokenizer = load_base_model(where, dtype=dtype, revision=revision)
     moe_layers(model)  # refuses what is no mixture
     return model, tokenizer
+
+
+def context_of(model: PreTrainedModel) -> int | None:
+    """Tokens that the model can read at once; None where its config does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)

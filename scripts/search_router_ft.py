@@ -22,7 +22,7 @@ from moe_common.runs.options import OptionParser, split_names
 from moe_common.runs.whole_files import write_text
 from moe_ext.router_ft.evaluate import mean_loss
 from moe_ext.router_ft.objectives import ObjectiveName
-from moe_ext.router_ft.run import Study, StudyOptions, parse_plan, prepare
+from moe_ext.router_ft.study import Study, StudyOptions, parse_plan, prepare
 
 logger = logging.getLogger("search_router_ft")
 

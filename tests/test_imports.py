@@ -1,4 +1,7 @@
-"""Imports point one way: fork and moe_common <- dylo_moe <- scripts, and the same two <- each tool of moe_ext."""
+"""Imports point one way, without a circle, and nothing imports a command.
+
+fork and moe_common <- dylo_moe <- scripts, and the same two <- each tool of moe_ext
+"""
 
 import ast
 from collections.abc import Iterator
@@ -87,6 +90,78 @@ def faults(root: Path) -> list[str]:
     return found
 
 
+def circles(root: Path) -> list[list[str]]:
+    """The sets of files under `root` each of which imports, directly or not, all others of its set.
+
+    Upstream's files, which import each other in circles, and what hangs among them are left out.
+    """
+    upstream = root / "peft" / "src"
+    modules = {module_name(path, root): path for path in source_files(root) if upstream not in path.parents}
+    imports = {
+        name: {
+            found
+            for _, module in imported_modules(path.read_text(encoding="utf-8"), package_of(name, path))
+            if (found := module_that_holds(module, modules)) not in (None, name)
+        }
+        for name, path in modules.items()
+    }
+    reached = {name: reachable(name, imports) for name in imports}
+    tied = {name: frozenset(other for other in reached[name] if name in reached[other]) for name in imports}
+    return sorted(sorted(group) for group in {group for group in tied.values() if len(group) > 1})
+
+
+def module_name(path: Path, root: Path) -> str:
+    """`moe_ext.moqe` for moe_ext/moqe/__init__.py, `fork_tool.check` for what stands beside the fork's tool."""
+    parts = list(path.relative_to(root).with_suffix("").parts)
+    if parts[0] == "peft" and parts[1] not in ("src", "tests", "examples"):
+        parts = parts[1:]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def package_of(name: str, path: Path) -> str:
+    return name if path.name == "__init__.py" else name.rpartition(".")[0]
+
+
+def module_that_holds(module: str, modules: dict[str, Path]) -> str | None:
+    """The file that an import of `module` runs: itself, or the one that defines the name."""
+    return next((name for name in (module, module.rpartition(".")[0]) if name in modules), None)
+
+
+def reachable(name: str, imports: dict[str, set[str]]) -> set[str]:
+    found, ahead = set(), [name]
+    while ahead:
+        for other in imports[ahead.pop()] - found:
+            found.add(other)
+            ahead.append(other)
+    return found
+
+
+def commands(root: Path) -> set[str]:
+    """Modules that are run: those in a folder `commands`, a `command.py`, and each `__main__`."""
+    return {
+        module_name(path, root)
+        for path in source_files(root)
+        if path.relative_to(root).parts[0] in PACKAGES
+        and (path.parent.name == "commands" or path.name in ("command.py", "__main__.py"))
+        and path.name != "__init__.py"
+    }
+
+
+def imported_commands(root: Path) -> list[str]:
+    """One line for each import of a command by anything but a `__main__`, a script at the top, or a test."""
+    front_doors = commands(root)
+    found = []
+    for path in source_files(root):
+        parts = path.relative_to(root).parts
+        if "tests" in parts or path.name == "__main__.py" or len(parts) == 1:
+            continue
+        name = module_name(path, root)
+        for line, module in imported_modules(path.read_text(encoding="utf-8"), package_of(name, path)):
+            for held in {module, module.rpartition(".")[0]} & front_doors:
+                found.append(f"{path.relative_to(root)}:{line} imports the command {held}; move what both need below")
+    return found
+
+
 def source_files(root: Path) -> list[Path]:
     """Our Python files, and the built tree of the fork where there is one."""
     folders = (*PACKAGES, "peft", "tests", *SCRIPT_FOLDERS)
@@ -95,6 +170,43 @@ def source_files(root: Path) -> list[Path]:
 
 def test_every_import_points_downwards():
     assert faults(ROOT) == []
+
+
+def test_there_is_no_circle():
+    assert circles(ROOT) == []
+
+
+def test_nothing_imports_a_command():
+    assert imported_commands(ROOT) == []
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        {"dylo_moe/a.py": "import dylo_moe.b", "dylo_moe/b.py": "from dylo_moe import a"},
+        {"dylo_moe/a.py": "from .b import x", "dylo_moe/b.py": "def late():\n    from dylo_moe.a import y"},
+        {
+            "moe_common/a.py": "from . import b",
+            "moe_common/b.py": "from . import c",
+            "moe_common/c.py": "from .a import x",
+        },
+    ],
+)
+def test_a_circle_is_found(tmp_path, lines):
+    make_house(tmp_path)
+    for path, line in lines.items():
+        write(tmp_path / path, line)
+    assert circles(tmp_path) == [[path.removesuffix(".py").replace("/", ".") for path in lines]]
+
+
+def test_an_import_of_a_command_is_found(tmp_path):
+    make_house(tmp_path)
+    write(tmp_path / "moe_ext/moqe/commands/run.py", "import torch")
+    write(tmp_path / "moe_ext/moqe/__main__.py", "from moe_ext.moqe.commands.run import run")
+    assert imported_commands(tmp_path) == []
+    write(tmp_path / "moe_ext/moqe/blend.py", "from .commands import run")
+    (found,) = imported_commands(tmp_path)
+    assert found.startswith("moe_ext/moqe/blend.py:1 ") and "moe_ext.moqe.commands.run" in found
 
 
 def test_the_files_that_are_checked_are_there():

@@ -37,7 +37,7 @@ from dylo_moe.skills import SkillLibrary, embed_blocks, measure_background
 from dylo_moe.training.run_settings import SETTINGS, refuse_other_settings
 from dylo_moe.training.trainer import multiplies_bf16_fast
 from moe_common.models.base_identity import BaseIdentity
-from moe_common.models.base_model import load_base_model
+from moe_common.models.base_model import default_device, load_base_model
 from moe_common.models.perplexity import measure_blocks
 from moe_common.runs.drawing import load_pyplot
 from moe_common.runs.options import check_at_least
@@ -139,7 +139,7 @@ class ContinualConfig:
     @property
     def device(self) -> str:
         """Where all models are trained: on the GPU where there is one."""
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return default_device()
 
     @property
     def autocast_bf16(self) -> bool:

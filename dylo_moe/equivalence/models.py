@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from dylo_moe.equivalence.loop import lora_layers, scaling_of
-from moe_common.models.base_model import resolve_model_name
+from moe_common.models.base_model import default_device, resolve_model_name
 
 # Unequal on purpose: rank, alpha, and how the rank scales. A fault that swaps or averages them cannot hide.
 RANDOM_EXPERTS = {
@@ -155,7 +155,7 @@ def randomize_adapter(layer, name: str, generator: torch.Generator) -> None:
 def _load_base(where: str) -> PreTrainedModel:
     # float32 whatever the checkpoint is stored in: what is compared is the function, not the number format.
     model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return model.to(default_device()).eval()
 
 
 def _source_of_adapters(base: PreTrainedModel, folder: Path, configs: dict[str, PeftConfig]) -> Source:

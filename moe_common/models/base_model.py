@@ -136,3 +136,8 @@ def _model_folder(folder: Path) -> str:
     if not (folder / "config.json").exists():
         raise ValueError(f"The folder {folder} has no config.json, so it holds no model. Give the folder that does.")
     return str(folder)
+
+
+def default_device() -> str:
+    """Where a command computes unless it is told otherwise: the GPU, if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -3,12 +3,12 @@
 import sys
 
 from moe_common.runs.commands import Command, run_program
-from moe_ext.moqe.commands.evaluate import evaluate
 from moe_ext.moqe.commands.memory import memory
-from moe_ext.moqe.commands.quantize import quantize
 from moe_ext.moqe.commands.run import run
-from moe_ext.moqe.commands.train import train
+from moe_ext.moqe.experts.quantize import quantize
 from moe_ext.moqe.options import EvalOptions, MemoryOptions, QuantizeOptions, RunOptions, TrainOptions
+from moe_ext.moqe.training.report import evaluate
+from moe_ext.moqe.training.train import train
 
 
 def train_and_say(options: TrainOptions) -> str:

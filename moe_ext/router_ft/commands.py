@@ -10,11 +10,12 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from moe_common.models.base_model import default_device
 from moe_common.runs.options import check_at_least, split_names
 from moe_common.runs.whole_files import whole_folder, write_json
 from moe_common.text.documents import Part
 from moe_ext.gptq import BLOCK_SIZE, DAMP
-from moe_ext.moe_models import SMALL_MOE, load_moe
+from moe_ext.moe_models import MODEL_HELP, SMALL_MOE, context_of, load_moe
 from moe_ext.router_ft.allocation import Sensitivity, allocate
 from moe_ext.router_ft.alpha import Estimate, alpha_table, read_alpha_csv, write_alpha_csv
 from moe_ext.router_ft.calibration import CalibrationConfig, block_length, text_blocks
@@ -31,11 +32,6 @@ from moe_ext.router_ft.quantize import Method, quantize_model
 logger = logging.getLogger(__name__)
 
 DEFAULT_FORMATS = "BF16,MXFP8,MXFP4,INT4,INT3"
-MODEL_HELP = "small-moe, a local folder, or a hub model as owner/name."
-
-
-def default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def check_free(folder: str) -> None:
@@ -47,11 +43,6 @@ def check_free(folder: str) -> None:
     with whole_folder(folder):
         pass
     Path(folder).rmdir()
-
-
-def context_of(model: PreTrainedModel) -> int:
-    """Tokens that the model can read at once."""
-    return model.config.get_text_config().max_position_embeddings
 
 
 def calibration_blocks(config: CalibrationConfig, model: PreTrainedModel, tokenizer) -> torch.Tensor:

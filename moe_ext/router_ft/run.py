@@ -7,55 +7,20 @@ what the same finetuning does to the routers of the unquantised model, which is 
 A measurement that a folder already holds is not made again: a run that was broken off goes on with the same command.
 """
 
-import copy
-import json
-import logging
 import math
-import zlib
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
-from transformers import PreTrainedModel
 
-from moe_common.runs.options import check_at_least, split_names
-from moe_common.runs.whole_files import write_json, write_text
-from moe_common.text.documents import Part
-from moe_ext.moe_models import SMALL_MOE, load_moe
-from moe_ext.router_ft.allocation import allocate
-from moe_ext.router_ft.alpha import alpha_table
-from moe_ext.router_ft.calibration import CalibrationConfig, block_length, text_blocks
-from moe_ext.router_ft.commands import MODEL_HELP, context_of, default_device
-from moe_ext.router_ft.evaluate import HeldOut, losses_by_source, mean_loss
-from moe_ext.router_ft.finetune import FinetuneConfig, finetune_routers
-from moe_ext.router_ft.formats import FORMATS
-from moe_ext.router_ft.matrices import Matrix, find_matrices
-from moe_ext.router_ft.plan import Plan, uniform_plan
-from moe_ext.router_ft.quantize import quantize_model
-from moe_ext.router_ft.recovery import Recovery, measure_recovery
+from moe_common.runs.options import split_names
+from moe_common.runs.whole_files import write_text
+from moe_ext.router_ft.evaluate import mean_loss
+from moe_ext.router_ft.recovery import Recovery
+from moe_ext.router_ft.study import StudyOptions, parse_plan, prepare
 
-logger = logging.getLogger(__name__)
-
-RESULTS, TABLE = "results", "table.md"
-ALLOCATED_FORMATS = ("MXFP8", "MXFP4", "INT4", "INT3", "INT2")
-
-
-@dataclass(kw_only=True)
-class StudyOptions(CalibrationConfig, FinetuneConfig):
-    model: str = field(default=SMALL_MOE, metadata={"help": MODEL_HELP})
-    output: str = field(default="runs/router_ft", metadata={"help": "Folder of the results and the table."})
-    split: Part = field(default="test", metadata={"help": "Split of the held-out text."})
-    max_blocks: int = field(default=64, metadata={"help": "Held-out blocks of each source."})
-    device: str = field(default_factory=default_device, metadata={"help": "Where to compute."})
-
-    def __post_init__(self):
-        CalibrationConfig.__post_init__(self)
-        FinetuneConfig.__post_init__(self)
-        check_at_least(self, max_blocks=1)
+TABLE = "table.md"
 
 
 @dataclass(kw_only=True)
@@ -74,25 +39,6 @@ class RunOptions(StudyOptions):
             parse_plan(spec)
 
 
-def parse_plan(spec: str) -> tuple[str, float | None, int]:
-    """Format, None and 0 of a uniform plan; sensitivity, bits and seed of an allocation (`random@3.125#1`).
-
-    Raises:
-        ValueError: it is neither.
-    """
-    if spec in FORMATS:
-        return spec, None, 0
-    sensitivity, at, rest = spec.partition("@")
-    bits, _, seed = rest.partition("#")
-    try:
-        return sensitivity, float(bits), int(seed or 0)
-    except ValueError as wrong:
-        raise ValueError(
-            f"'{spec}' is no plan. Give a format ({', '.join(FORMATS)}), or a sensitivity and the bits a weight may "
-            "cost, such as lower_alpha@3.125."
-        ) from wrong
-
-
 def run(options: RunOptions) -> str:
     """Measure every plan and write the table."""
     study = prepare(options)
@@ -102,133 +48,6 @@ def run(options: RunOptions) -> str:
     text = as_table(full, control, rows, allocations)
     write_text(Path(options.output) / TABLE, text)
     return f"{text}\nwritten to {Path(options.output) / TABLE}"
-
-
-def prepare(options: StudyOptions) -> "Study":
-    """Read the model and the text of a study."""
-    model, tokenizer = load_moe(options.model)
-    length = block_length(options, context_of(model))
-    blocks_NL = text_blocks(
-        options.sources, "train", tokenizer, num_blocks=options.nsamples, block_size=length, seed=options.seed
-    )
-    held_out = HeldOut.read(
-        options.sources, options.split, tokenizer, block_size=length, max_blocks=options.max_blocks
-    )
-    return Study(options, model.to(options.device), blocks_NL, held_out)
-
-
-class Study:
-    """The measurements, each kept in a file of its own.
-
-    Args:
-        options: of the run.
-        model: in full precision; it is copied for every change.
-        blocks_NL: calibration text.
-        held_out: text that the table is measured on.
-    """
-
-    def __init__(self, options: StudyOptions, model: PreTrainedModel, blocks_NL: Tensor, held_out: HeldOut):
-        self.options, self.model, self.blocks_NL, self.held_out = options, model, blocks_NL, held_out
-        self.folder = Path(options.output) / RESULTS
-        self.matrices: list[Matrix] = find_matrices(model)
-        self._last: tuple[Plan, PreTrainedModel] | None = None
-
-    @cached_property
-    def alphas(self) -> dict[str, float]:
-        return {row.layer_name: row.alpha_hill for row in alpha_table(self.model, self.matrices)}
-
-    def with_options(self, options: StudyOptions) -> "Study":
-        """The same model and text with another finetuning, another folder, or both."""
-        return Study(options, self.model, self.blocks_NL, self.held_out)
-
-    @property
-    def full(self) -> dict[str, np.ndarray]:
-        return self.measure("full", lambda: self.model)
-
-    @property
-    def control(self) -> dict[str, np.ndarray]:
-        # Next-token training whatever the objective: against its own outputs the full model has nothing to learn.
-        return self.measure("control", lambda: self.finetuned(self.model, objective="ce"))
-
-    def plan(self, spec: str) -> Plan:
-        sensitivity, bits, seed = parse_plan(spec)
-        if bits is None:
-            return uniform_plan(self.matrices, sensitivity)
-        return allocate(
-            self.model,
-            self.matrices,
-            self.alphas,
-            budget_bits=bits,
-            formats=ALLOCATED_FORMATS,
-            sensitivity=sensitivity,
-            seed=seed,
-        )
-
-    def quantized(self, plan: Plan, method: str) -> PreTrainedModel:
-        model = copy.deepcopy(self.model)
-        quantize_model(model, plan, self.blocks_NL, method=method)
-        return model
-
-    def by_gptq(self, plan: Plan) -> PreTrainedModel:
-        """Quantised by GPTQ; the last one is kept, because several measurements want it."""
-        if self._last is None or self._last[0] != plan:
-            self._last = plan, self.quantized(plan, "gptq")
-        return self._last[1]
-
-    def finetuned(self, model: PreTrainedModel, *, objective: str | None = None) -> PreTrainedModel:
-        """A copy of a model, with finetuned routers."""
-        model = copy.deepcopy(model)
-        config = FinetuneConfig(
-            **{name: getattr(self.options, name) for name in FinetuneConfig.__dataclass_fields__}
-            | ({"objective": objective} if objective else {})
-        )
-        report = finetune_routers(model, self.blocks_NL, config, teacher=self.model, seed=self.options.seed)
-        logger.info("%s on text not trained on: %.5f -> %.5f", config.objective, report.loss_before, report.loss_after)
-        return model
-
-    def measure(self, name: str, make: Callable[[], PreTrainedModel]) -> dict[str, np.ndarray]:
-        """The losses of a model by source, from its file or from the model itself."""
-        file = self.folder / f"{name.replace('@', '_at_').replace('#', '_seed_')}.json"
-        fingerprint = self._fingerprint()
-        if file.is_file():
-            kept = json.loads(file.read_text(encoding="utf-8"))
-            if kept["run"] != fingerprint:
-                raise ValueError(
-                    f"{file} is of a run with other options or another model. Name another folder, or remove it."
-                )
-            return {source: np.asarray(values) for source, values in kept["losses"].items()}
-        logger.info("measuring %s", name)
-        losses = losses_by_source(make(), self.held_out)
-        write_json(file, {"run": fingerprint, "losses": {source: list(values) for source, values in losses.items()}})
-        return losses
-
-    def row(self, spec: str) -> dict[str, Any]:
-        """One line of the table."""
-        plan = self.plan(spec)
-        rounded = self.measure(f"{spec}.round", lambda: self.quantized(plan, "round"))
-        gptq = self.measure(f"{spec}.gptq", lambda: self.by_gptq(plan))
-        finetuned = self.measure(f"{spec}.{self.options.objective}", lambda: self.finetuned(self.by_gptq(plan)))
-        recovery = measure_recovery(self.full, gptq, finetuned, self.control)
-        return {
-            "plan": spec,
-            "bits": plan.bits_per_weight,
-            "rounded": mean_loss(rounded),
-            "gptq": mean_loss(gptq),
-            "finetuned": mean_loss(finetuned),
-            "recovery": recovery,
-        }
-
-    def allocation_row(self, spec: str) -> dict[str, Any]:
-        """A plan's bits and the loss of the quantised model."""
-        plan = self.plan(spec)
-        losses = self.measure(f"{spec}.gptq", lambda: self.by_gptq(plan))
-        return {"plan": spec, "bits": plan.bits_per_weight, "gptq": mean_loss(losses)}
-
-    def _fingerprint(self) -> dict[str, Any]:
-        names = [name for name in StudyOptions.__dataclass_fields__ if name not in ("output", "device")]
-        ours = {name: getattr(self.options, name) for name in names}
-        weights = zlib.crc32(next(iter(self.model.parameters())).detach().cpu().float().numpy().tobytes())
-        return {**ours, "weights": weights}
 
 
 def as_table(

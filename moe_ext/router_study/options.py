@@ -2,21 +2,18 @@
 
 from dataclasses import dataclass, field
 
-import torch
-
+from moe_common.models.base_model import default_device
 from moe_common.runs.options import check_at_least
 from moe_common.text.documents import Part
 from moe_ext.moe_models import SMALL_MOE
 from moe_ext.router_study.analysis.causal import NOWHERE
+from moe_ext.router_study.collect.data import DatasetLoader, TokenRows, parse_sources
+from moe_ext.router_study.collect.wrapper import MoEModelWrapper
 from moe_ext.router_study.metrics.vocabulary import LEAST_SEEN
 from moe_ext.router_study.report.track import ReportTo
 
 MODEL_HELP = "small-moe, a folder of a mixture or of a routed LoRA mixture, or a hub model as owner/name."
 OLMOE = "allenai/OLMoE-1B-7B-0924"
-
-
-def _default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass(kw_only=True)
@@ -36,11 +33,31 @@ class TextOptions:
     layers: list[int] | None = field(
         default=None, metadata={"help": "Study these routers alone, by number from 0.", "nargs": "+"}
     )
-    device: str = field(default_factory=_default_device, metadata={"help": "Where to compute."})
+    device: str = field(default_factory=default_device, metadata={"help": "Where to compute."})
     seed: int = field(default=0, metadata={"help": "Of the order of documents, shuffles and bootstraps."})
 
     def __post_init__(self):
         check_at_least(self, batch_size=1, row_tokens=2, max_tokens=self.row_tokens)
+
+    def rows(self, wrapper: MoEModelWrapper) -> dict[str, TokenRows]:
+        """The text of each domain as tokens of this model.
+
+        Raises:
+            ValueError: rows longer than the model's context; all that the loader raises.
+        """
+        if wrapper.context is not None and self.row_tokens > wrapper.context:
+            raise ValueError(
+                f"row_tokens is {self.row_tokens}, but the model's context has {wrapper.context} tokens. "
+                "Lower row_tokens."
+            )
+        loader = DatasetLoader(
+            wrapper.tokenizer,
+            split=self.split,
+            max_tokens=self.max_tokens,
+            row_tokens=self.row_tokens,
+            seed=self.seed,
+        )
+        return loader.rows(parse_sources(self.data))
 
 
 @dataclass(kw_only=True)
@@ -122,7 +139,7 @@ class OverheadOptions:
     batch_size: int = field(default=8, metadata={"help": "Rows of a pass."})
     row_tokens: int = field(default=256, metadata={"help": "Tokens of a row."})
     rounds: int = field(default=30, metadata={"help": "Pairs of passes."})
-    device: str = field(default_factory=_default_device, metadata={"help": "Where to compute."})
+    device: str = field(default_factory=default_device, metadata={"help": "Where to compute."})
 
     def __post_init__(self):
         check_at_least(self, batch_size=1, row_tokens=2, rounds=1)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from moe_common.runs.options import split_names
 from moe_common.runs.whole_files import write_text
-from moe_ext.moqe.commands.evaluate import evaluate
-from moe_ext.moqe.commands.quantize import quantize
-from moe_ext.moqe.commands.train import CACHE, train
+from moe_ext.moqe.experts.quantize import quantize
 from moe_ext.moqe.experts.schemes import is_scheme
 from moe_ext.moqe.options import EvalOptions, QuantizeOptions, RunOptions, TrainOptions
+from moe_ext.moqe.training.report import evaluate
+from moe_ext.moqe.training.train import CACHE, train
 
 logger = logging.getLogger(__name__)
 

@@ -7,29 +7,43 @@ tokenizer files       those of the experts
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerBase
 
 from moe_common.runs.whole_files import whole_folder, write_json
-from moe_ext.moqe.experts.expert import Dtype, GgufBackend, resolve_expert
+from moe_ext.moqe.experts.expert import resolve_expert
 from moe_ext.moqe.experts.identity import ExpertIdentity, check_same_experts
-from moe_ext.moqe.mixture.model import ExpertSet, MoQEModel, load_experts
 from moe_ext.moqe.mixture.router import Router, RouterConfig
 
 CONFIG, WEIGHTS = "moqe.json", "router.safetensors"
 
 
-def save(model: MoQEModel, folder: Path, noted: dict[str, Any] | None = None) -> None:
-    """Write a mixture, whole or not at all.
+@dataclass(frozen=True)
+class StoredMixture:
+    """What the folder of a mixture holds beside the tokenizer.
 
     Args:
-        model: the mixture.
-        folder: that is not there yet, or empty.
-        noted: of its training.
+        router: with its weights.
+        experts: which ones it was trained for, in order.
+        static_weights: [E], as `MoQEModel` takes them.
+        default_expert: the number of the best single expert.
+        training: what was noted of it.
+    """
+
+    router: Router
+    experts: Sequence[ExpertIdentity]
+    static_weights: Sequence[float]
+    default_expert: int
+    training: dict[str, Any]
+
+
+def write_mixture(folder: Path, stored: StoredMixture, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write a mixture, whole or not at all.
 
     Raises:
         FileExistsError: the folder holds something.
@@ -38,16 +52,16 @@ def save(model: MoQEModel, folder: Path, noted: dict[str, Any] | None = None) ->
         write_json(
             partial / CONFIG,
             {
-                "router": asdict(model.router.config),
-                "input_size": model.router.input_size,
-                "experts": [expert.identity.to_dict() for expert in model.expert_set.experts],
-                "static_weights": model.static_weights,
-                "default_expert": model.default_expert,
-                "training": noted or {},
+                "router": asdict(stored.router.config),
+                "input_size": stored.router.input_size,
+                "experts": [identity.to_dict() for identity in stored.experts],
+                "static_weights": list(stored.static_weights),
+                "default_expert": stored.default_expert,
+                "training": stored.training,
             },
         )
-        save_file({name: tensor.cpu() for name, tensor in model.router.state_dict().items()}, partial / WEIGHTS)
-        model.expert_set.tokenizer.save_pretrained(partial)
+        save_file({name: tensor.cpu() for name, tensor in stored.router.state_dict().items()}, partial / WEIGHTS)
+        tokenizer.save_pretrained(partial)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -78,24 +92,8 @@ def check_experts(folder: Path, experts: Sequence[str | Path] | None) -> list[st
     return paths
 
 
-def load(
-    folder: Path,
-    *,
-    experts: Sequence[str | Path] | None = None,
-    dtype: Dtype = "auto",
-    gguf_backend: GgufBackend = "transformers",
-) -> MoQEModel:
-    """Read a mixture and its experts.
-
-    Raises:
-        FileNotFoundError, ValueError: as `check_experts` and `read_router`.
-    """
-    paths = check_experts(folder, experts)
-    return read_router(folder, load_experts(paths, dtype=dtype, gguf_backend=gguf_backend))
-
-
-def read_router(folder: Path, experts: ExpertSet) -> MoQEModel:
-    """The mixture of a folder on experts that are loaded already.
+def read_mixture(folder: Path) -> StoredMixture:
+    """What `write_mixture` wrote, without the experts.
 
     Raises:
         ValueError: a router that cannot be read, or of another shape.
@@ -106,6 +104,7 @@ def read_router(folder: Path, experts: ExpertSet) -> MoQEModel:
             RouterConfig(**noted["router"]), input_size=noted["input_size"], num_experts=len(noted["experts"])
         )
         router.load_state_dict(load_file(folder / WEIGHTS))
+        experts = [ExpertIdentity(**expert) for expert in noted["experts"]]
+        return StoredMixture(router, experts, noted["static_weights"], noted["default_expert"], noted["training"])
     except (SafetensorError, OSError, RuntimeError, TypeError, KeyError) as wrong:
         raise ValueError(f"The router in {folder} cannot be read: {str(wrong).splitlines()[0]}") from wrong
-    return MoQEModel(experts, router, static_weights=noted["static_weights"], default_expert=noted["default_expert"])

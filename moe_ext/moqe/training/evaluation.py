@@ -23,7 +23,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from moe_common.text.packing import IGNORED_LABEL
-from moe_ext.moqe.mixture.model import ExpertSet, MoQEModel
+from moe_ext.moqe.mixture.expert_set import ExpertSet
+from moe_ext.moqe.mixture.model import MoQEModel
 from moe_ext.moqe.options import TextOptions
 from moe_ext.moqe.training.documents import Documents
 from moe_ext.moqe.training.losses import mixed_losses, single_losses

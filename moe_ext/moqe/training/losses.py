@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from moe_common.text.packing import IGNORED_LABEL
-from moe_ext.moqe.mixture.model import ExpertSet
+from moe_ext.moqe.mixture.expert_set import ExpertSet
 
 STATIC_LEARNING_RATE = 0.05
 STATIC_BATCHES = 64

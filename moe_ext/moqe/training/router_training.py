@@ -19,7 +19,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from moe_common.runs.checkpoints import MarkCompleteCheckpoints
 from moe_common.runs.whole_files import write_json
-from moe_ext.moqe.mixture.model import ExpertSet
+from moe_ext.moqe.mixture.expert_set import ExpertSet
 from moe_ext.moqe.mixture.router import Router
 from moe_ext.moqe.options import TrainOptions
 from moe_ext.moqe.training.losses import balance_loss, choice_loss, mixed_losses, predicted

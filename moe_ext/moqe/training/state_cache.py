@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from moe_common.runs.whole_files import write_json
-from moe_ext.moqe.mixture.model import ExpertSet
+from moe_ext.moqe.mixture.expert_set import ExpertSet
 from moe_ext.moqe.training.rows import Row, collate_rows, fingerprint
 
 logger = logging.getLogger(__name__)

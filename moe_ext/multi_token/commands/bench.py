@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from moe_common.runs.options import split_names
 from moe_common.runs.whole_files import write_json
-from moe_ext.multi_token.commands.bench_report import table
+from moe_ext.multi_token.decoding.bench_report import table
 from moe_ext.multi_token.decoding.generation import Record, Report, costs_of, generate
 from moe_ext.multi_token.decoding.planning import OpenGates, Planner, wait_for
 from moe_ext.multi_token.decoding.quality import negative_log_likelihood

@@ -10,7 +10,7 @@ Shape letters: L gates, R rows, S tokens, K choices, E experts.
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -183,3 +183,42 @@ def follow(
         if kept:
             write_json(kept, asdict(found[-1]))
     return found, labels
+
+
+def saturations(
+    model: str,
+    names: Sequence[str],
+    rows_of: Callable[[MoEModelWrapper], Mapping[str, TokenRows]],
+    *,
+    device: str,
+    layers: Sequence[int] | None,
+    batch_size: int,
+    seed: int,
+    folder: Path,
+) -> tuple[list[Saturation], list[str], dict[str, int]]:
+    """Follow the revisions of a model over the text of several domains.
+
+    Args:
+        model: as `MoEModelWrapper.load` takes it.
+        names: of the revisions, the last one last.
+        rows_of: the text of each domain, as tokens of a model.
+        device, layers: as `MoEModelWrapper.load` takes them.
+        batch_size, seed, folder: as `follow` takes them.
+
+    Returns:
+        The comparisons, the labels of the gates, and the tokens of each domain.
+    """
+    tokens: dict[str, int] = {}
+
+    def load(name: str) -> MoEModelWrapper:
+        return MoEModelWrapper.load(model, revision=name, device=device, layers=layers)
+
+    def joined_rows(wrapper: MoEModelWrapper) -> TokenRows:
+        rows = rows_of(wrapper)
+        tokens.update({domain: held.num_tokens for domain, held in rows.items()})
+        return TokenRows(
+            torch.cat([held.ids_NS for held in rows.values()]), torch.cat([held.mask_NS for held in rows.values()])
+        )
+
+    found, labels = follow(names, load, joined_rows, batch_size=batch_size, seed=seed, folder=folder)
+    return found, labels, tokens

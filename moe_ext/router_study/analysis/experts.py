@@ -8,7 +8,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from moe_ext.router_study.gates.base import FusedGates, Gates
+from moe_ext.router_study.gates.base import Gates
+from moe_ext.router_study.gates.fused import FusedGates
 from moe_ext.router_study.gates.lora import LoraGates
 
 

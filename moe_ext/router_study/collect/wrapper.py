@@ -8,9 +8,10 @@ from peft import AutoPeftModelForCausalLM
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
-from moe_ext.moe_models import SMALL_MOE, load_moe
+from moe_ext.moe_models import SMALL_MOE, context_of, load_moe
 from moe_ext.router_study.collect.revisions import resolve_revision
-from moe_ext.router_study.gates.base import Gates, Routing, find_gates
+from moe_ext.router_study.gates.base import Gates, Routing
+from moe_ext.router_study.gates.find import find_gates
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -82,7 +83,7 @@ class MoEModelWrapper:
     @property
     def context(self) -> int | None:
         """Tokens that the model can read at once, where its config says so."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return context_of(self.model)
 
     @torch.no_grad()
     def run(self, ids_BS: Tensor, mask_BS: Tensor) -> tuple[Tensor, Routing]:

@@ -12,10 +12,10 @@ from moe_ext.router_study.collect.collector import ActivationCollector
 from moe_ext.router_study.collect.data import parse_sources
 from moe_ext.router_study.collect.totals import totals_of
 from moe_ext.router_study.collect.wrapper import MoEModelWrapper
-from moe_ext.router_study.commands.run import PAGE, about, check_free, rows_for, versions, work_folder, write_drawn
 from moe_ext.router_study.options import InterveneOptions
 from moe_ext.router_study.report.drawings import Bars, Drawing, PerLayer, Series
 from moe_ext.router_study.report.extra import check_drawing
+from moe_ext.router_study.report.folder import PAGE, about, check_free, versions, work_folder, write_drawn
 
 KEPT = "effects.json"
 
@@ -28,7 +28,7 @@ def intervene_on(options: InterveneOptions) -> str:
     parse_sources(options.data)
     wrapper = MoEModelWrapper.load(options.model, device=options.device, layers=options.layers)
     overrule_for(options.to, 0, wrapper.gates.num_experts)
-    rows = rows_for(options, wrapper)
+    rows = options.rows(wrapper)
     activations = ActivationCollector(wrapper).collect_router_activations(rows, batch_size=options.batch_size)
     chosen_DLE = totals_of(activations.counts, len(rows)).chosen_DLE
     share_DLE = chosen_DLE / chosen_DLE.sum(dim=-1, keepdim=True)

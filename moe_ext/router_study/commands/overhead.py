@@ -2,8 +2,8 @@
 
 from moe_ext.router_study.analysis.overhead import measure_overhead, wide_model
 from moe_ext.router_study.collect.wrapper import MoEModelWrapper
-from moe_ext.router_study.commands.run import versions
 from moe_ext.router_study.options import OverheadOptions
+from moe_ext.router_study.report.folder import versions
 
 WIDE_NAME = "wide"
 

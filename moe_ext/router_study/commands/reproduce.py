@@ -9,17 +9,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from moe_common.runs.whole_files import whole_folder, write_json, write_text
-from moe_ext.router_study.analysis.evolution import Saturation
+from moe_ext.router_study.analysis.evolution import Saturation, saturations
 from moe_ext.router_study.analysis.study import Study, run_study
 from moe_ext.router_study.collect.collector import ActivationCollector
 from moe_ext.router_study.collect.data import parse_sources
 from moe_ext.router_study.collect.revisions import in_order, resolve_revision
 from moe_ext.router_study.collect.wrapper import MoEModelWrapper
-from moe_ext.router_study.commands.evolution import saturation_drawing, saturations
-from moe_ext.router_study.commands.run import PAGE, about, check_free, rows_for, versions, work_folder, write_drawn
-from moe_ext.router_study.options import EvolutionOptions, ReproduceOptions, TextOptions
+from moe_ext.router_study.options import ReproduceOptions
 from moe_ext.router_study.report.extra import check_drawing
 from moe_ext.router_study.report.figures import figures_of
+from moe_ext.router_study.report.folder import PAGE, about, check_free, versions, work_folder, write_drawn
+from moe_ext.router_study.report.saturation import saturation_drawing
 from moe_ext.router_study.report.tables import as_json
 
 DOMAIN_LAYER = 7
@@ -62,7 +62,7 @@ def reproduce_olmoe(options: ReproduceOptions) -> str:
         resolve_revision(options.model, name)
     work = work_folder(out)
     last = MoEModelWrapper.load(options.model, revision=names[-1], device=options.device, layers=options.layers)
-    rows = rows_for(options, last)
+    rows = options.rows(last)
     collector = ActivationCollector(last, in_rank=True)
     study = run_study(
         last,
@@ -74,9 +74,16 @@ def reproduce_olmoe(options: ReproduceOptions) -> str:
         resume_folder=work,
     )
     del last, collector
-    of_text = {name: getattr(options, name) for name in TextOptions.__dataclass_fields__}
-    evolution = EvolutionOptions(**of_text, model=options.model, revisions=names, out=options.out)
-    found, labels, tokens = saturations(evolution, names, work)
+    found, labels, tokens = saturations(
+        options.model,
+        names,
+        options.rows,
+        device=options.device,
+        layers=options.layers,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        folder=work,
+    )
     checks = checks_of(study, found)
     drawings = [saturation_drawing(found, labels, names[-1]), *figures_of(study)]
     with whole_folder(out) as partial:

@@ -3,31 +3,25 @@
 import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
-
-import torch
-import transformers
 
 from moe_common.runs.whole_files import whole_folder, write_json, write_text
 from moe_ext.router_study.analysis.study import Study, run_study
 from moe_ext.router_study.collect.collector import ActivationCollector, forget
-from moe_ext.router_study.collect.data import DatasetLoader, TokenRows, parse_sources
+from moe_ext.router_study.collect.data import parse_sources
 from moe_ext.router_study.collect.wrapper import MoEModelWrapper
-from moe_ext.router_study.options import RunOptions, TextOptions
+from moe_ext.router_study.options import RunOptions
 from moe_ext.router_study.report.drawings import Drawing
 from moe_ext.router_study.report.extra import check_drawing
 from moe_ext.router_study.report.figures import figures_of
-from moe_ext.router_study.report.page import report_page
+from moe_ext.router_study.report.folder import PAGE, about, check_free, versions, work_folder, write_drawn
 from moe_ext.router_study.report.passages import passages_of
-from moe_ext.router_study.report.pictures import write_pictures
 from moe_ext.router_study.report.tables import as_json, write_favourites, write_figures
 from moe_ext.router_study.report.track import check_installed, log_scalars, scalars_of
 
 logger = logging.getLogger(__name__)
 
-PAGE, RESULTS, FINDINGS, PICTURES, LOGITS = "report.html", "study.json", "findings.md", "pictures", "logits"
+RESULTS, FINDINGS, LOGITS = "study.json", "findings.md", "logits"
 
 
 def run(options: RunOptions) -> str:
@@ -52,7 +46,7 @@ def study_model(options: RunOptions, revision: str | None, out: Path) -> Path:
     """Study one model and write its folder."""
     check_free(out)
     wrapper = MoEModelWrapper.load(options.model, revision=revision, device=options.device, layers=options.layers)
-    rows = rows_for(options, wrapper)
+    rows = options.rows(wrapper)
     collector = ActivationCollector(
         wrapper, counts_mb=options.counts_mb, sample_mb=options.sample_mb, in_rank=options.as_in_script
     )
@@ -120,65 +114,8 @@ def write_study(study: Study, folder: Path, options: RunOptions) -> None:
     )
 
 
-def write_drawn(folder: Path, title: str, described: Mapping[str, str], drawings: list[Drawing], **held: Any) -> None:
-    """The page and the pictures of some plots."""
-    (folder / PAGE).write_text(report_page(title, described, drawings, **held), encoding="utf-8")
-    (folder / PICTURES).mkdir()
-    write_pictures(drawings, folder / PICTURES)
-
-
 def as_list(title: str, described: Mapping[str, str], drawings: list[Drawing]) -> str:
     """What every plot shows, as Markdown."""
     facts = [f"- {name}: {value}" for name, value in described.items()]
     found = [f"- **{drawing.title}.** {drawing.sentence}" for drawing in drawings]
     return "\n".join([f"# {title}", "", *facts, "", "## Findings", "", *found, ""])
-
-
-def rows_for(options: TextOptions, wrapper: MoEModelWrapper) -> dict[str, TokenRows]:
-    """The text of the options, as tokens of this model.
-
-    Raises:
-        ValueError: rows longer than the model's context; all that the loader raises.
-    """
-    if wrapper.context is not None and options.row_tokens > wrapper.context:
-        raise ValueError(
-            f"row_tokens is {options.row_tokens}, but the model's context has {wrapper.context} tokens. "
-            "Lower row_tokens."
-        )
-    loader = DatasetLoader(
-        wrapper.tokenizer,
-        split=options.split,
-        max_tokens=options.max_tokens,
-        row_tokens=options.row_tokens,
-        seed=options.seed,
-    )
-    return loader.rows(parse_sources(options.data))
-
-
-def about(model: str, tokens: Mapping[str, int], options: TextOptions) -> dict[str, Any]:
-    """What a result was made from."""
-    return {"model": model, "tokens": dict(tokens), "options": asdict(options), "versions": versions()}
-
-
-def versions() -> str:
-    return f"torch {torch.__version__}, transformers {transformers.__version__}, {_threads()}"
-
-
-def _threads() -> str:
-    count = torch.get_num_threads()
-    return f"{count} thread{'s' if count > 1 else ''}"
-
-
-def work_folder(out: Path) -> Path:
-    """Where a run keeps what it needs to go on."""
-    return out.with_name(f"{out.name}.collecting")
-
-
-def check_free(folder: Path) -> None:
-    """Refuse an output folder that holds something before anything is computed for it.
-
-    Raises:
-        FileExistsError: it is not empty.
-    """
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise FileExistsError(f"{folder} is there already. Name another folder, or remove it.")

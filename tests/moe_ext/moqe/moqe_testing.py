@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from moe_ext.moqe.__main__ import main
-from moe_ext.moqe.commands.quantize import quantize
+from moe_ext.moqe.experts.quantize import quantize
 from moe_ext.moqe.options import QuantizeOptions
 
 

@@ -9,8 +9,9 @@ pytest.importorskip("compressed_tensors", reason="needs the extra 'quant'")
 pytest.importorskip("scipy", reason="needs the extra 'quant'")
 
 from moe_common.runs.options import OptionParser, split_names
-from moe_ext.router_ft import run as run_module
-from moe_ext.router_ft.run import RunOptions, parse_plan, run
+from moe_ext.router_ft import study
+from moe_ext.router_ft.run import RunOptions, run
+from moe_ext.router_ft.study import parse_plan
 
 CONFIG = Path(__file__).parents[3] / "configs" / "router_ft.yaml"
 
@@ -42,7 +43,7 @@ def test_the_table_has_a_line_for_every_plan_and_a_control(options, tmp_path, mo
     assert set(cells) == {"plan", "---", "INT2", "lower_alpha@3", "random@3#1", "none@3"}
     assert "| 2.500 |" in cells["INT2"]
     # All is kept: a second run measures nothing.
-    monkeypatch.setattr(run_module, "losses_by_source", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(study, "losses_by_source", lambda *_: pytest.fail("measured again"))
     assert run(options) == told
 
 

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("compressed_tensors", reason="needs the extra 'quant'")
 pytest.importorskip("scipy", reason="needs the extra 'quant'")
 
-from moe_ext.router_ft import run as run_module
+from moe_ext.router_ft import study
 
 SCRIPT = Path(__file__).parents[3] / "scripts" / "search_router_ft.py"
 spec = importlib.util.spec_from_file_location("search_router_ft", SCRIPT)
@@ -33,7 +33,7 @@ def test_every_objective_has_a_bracketed_rate_and_a_second_call_measures_nothing
         assert len(losses) >= 3
         assert min(losses[1:-1]) <= min(losses[0], losses[-1])
     assert "best: --objective " in told
-    monkeypatch.setattr(run_module, "losses_by_source", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(study, "losses_by_source", lambda *_: pytest.fail("measured again"))
     assert search_router_ft.main(argv) == 0
     assert capsys.readouterr().out == told
     assert search_router_ft.main([*argv, "--objectives", "ce"]) == 0

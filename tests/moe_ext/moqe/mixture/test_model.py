@@ -5,7 +5,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from moe_common.models.base_model import load_base_model
 from moe_ext.moqe.experts.expert import load_expert
-from moe_ext.moqe.mixture.model import ExpertSet, MoQEModel
+from moe_ext.moqe.mixture.expert_set import ExpertSet
+from moe_ext.moqe.mixture.model import MoQEModel
 
 
 def logits_one_expert_after_the_other(model, tokens, mask=None):  # oracle: whole models, mixed by hand

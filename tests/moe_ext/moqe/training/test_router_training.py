@@ -8,14 +8,14 @@ from moqe_testing import refused
 from safetensors.torch import load_file
 
 from moe_ext.moqe.__main__ import main
-from moe_ext.moqe.commands.train import losses_behind_prefix
-from moe_ext.moqe.mixture.model import load_experts
+from moe_ext.moqe.mixture.expert_set import load_experts
 from moe_ext.moqe.mixture.router import Router, RouterConfig
 from moe_ext.moqe.options import TrainOptions
 from moe_ext.moqe.training.losses import balance_loss, choice_loss, fit_static_weights
 from moe_ext.moqe.training.router_training import RouterTraining, reading_order, train_router
 from moe_ext.moqe.training.rows import Row, collate_rows
 from moe_ext.moqe.training.state_cache import StateCache, batches_of_states, collate_states
+from moe_ext.moqe.training.train import losses_behind_prefix
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ def say(tiny_folder, sources, tmp_path, monkeypatch, capsys):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Pictures take most of a run's time; one test draws them."""
-    monkeypatch.setattr("moe_ext.router_study.commands.run.write_pictures", lambda drawings, folder: [])
+    monkeypatch.setattr("moe_ext.router_study.report.folder.write_pictures", lambda drawings, folder: [])
 
 
 def test_run_writes_json_parquet_a_page_and_pictures(say, tmp_path):

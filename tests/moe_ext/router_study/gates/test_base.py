@@ -6,7 +6,8 @@ from moe_families import tiny_moe
 from study_testing import dense_model, lora_mixture
 
 from moe_ext.router_study.collect.wrapper import MoEModelWrapper
-from moe_ext.router_study.gates.base import find_gates, sigmoid_scores, softmax_scores
+from moe_ext.router_study.gates.find import find_gates
+from moe_ext.router_study.gates.fused import sigmoid_scores, softmax_scores
 
 IDS = 1 + torch.arange(24).view(2, 12)
 ALL = torch.ones(2, 12, dtype=torch.bool)

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 
 from moe_common.runs.whole_files import write_json, write_text
-from moe_ext.moqe.commands.train import RESULT
 from moe_ext.moqe.experts.expert import Expert, load_expert
 from moe_ext.moqe.mixture.model import MoQEModel
-from moe_ext.moqe.mixture.storage import CONFIG, check_experts, load, read_router
+from moe_ext.moqe.mixture.storage import CONFIG, check_experts
 from moe_ext.moqe.options import EvalOptions
 from moe_ext.moqe.training.documents import read_documents
 from moe_ext.moqe.training.evaluation import (
@@ -28,6 +27,7 @@ from moe_ext.moqe.training.evaluation import (
     measure,
 )
 from moe_ext.moqe.training.rows import Row, collate_rows
+from moe_ext.moqe.training.train import RESULT
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +43,8 @@ def evaluate(options: EvalOptions) -> str:
     for folder in folders[1:]:
         check_experts(folder, paths[0])
     documents = read_documents(options.data_dir, options.split, text_column=options.text_column)
-    first = load(folders[0], experts=paths[0], dtype=options.dtype, gguf_backend=options.gguf_backend)
-    models = [first, *(read_router(folder, first.expert_set) for folder in folders[1:])]
+    first = MoQEModel.from_pretrained(folders[0], paths[0], dtype=options.dtype, gguf_backend=options.gguf_backend)
+    models = [first, *(MoQEModel.on_experts(folder, first.expert_set) for folder in folders[1:])]
     mixtures = {_name_of(model, folder, folders): model for model, folder in zip(models, folders, strict=True)}
     reference = load_expert(options.reference, dtype=options.dtype) if options.reference else None
     if reference is not None and torch.cuda.is_available():

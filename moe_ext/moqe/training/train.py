@@ -16,9 +16,9 @@ from moe_common.runs.checkpoints import CHECKPOINT, is_complete, newest_complete
 from moe_common.runs.whole_files import write_json
 from moe_ext.moqe.experts.expert import resolve_expert
 from moe_ext.moqe.experts.identity import ExpertIdentity, check_same_experts
-from moe_ext.moqe.mixture.model import ExpertSet, MoQEModel, load_experts
+from moe_ext.moqe.mixture.expert_set import ExpertSet, load_experts
+from moe_ext.moqe.mixture.model import MoQEModel
 from moe_ext.moqe.mixture.router import Router
-from moe_ext.moqe.mixture.storage import save
 from moe_ext.moqe.options import TrainOptions
 from moe_ext.moqe.training.documents import Documents, read_documents
 from moe_ext.moqe.training.losses import fit_static_weights, single_losses
@@ -89,7 +89,7 @@ def train(options: TrainOptions) -> Path:
     )
     model = _train(experts, rows, len(small), options, folder, run, checkpoint)
     noted = {**run, "validation": _choose_default(model, held_out, options)}
-    save(model, result, noted)
+    model.save_pretrained(result, noted)
     return result
 
 
