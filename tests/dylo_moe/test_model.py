@@ -336,7 +336,8 @@ def test_what_was_saved_is_a_mixture_for_peft_too(base_folder, tmp_path):
     alone = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert torch.equal(logits(alone), logits(model))
     onto_a_base = PeftModel.from_pretrained(tiny_llama(), tmp_path / "saved")
-    assert torch.equal(logits(onto_a_base), logits(model))
+    # The weights of a file lie at other addresses than those made in memory, and products depend on the alignment.
+    torch.testing.assert_close(logits(onto_a_base), logits(model))
 
 
 def test_a_loaded_mixture_trains_on_but_for_its_frozen_experts(base_folder, tmp_path):

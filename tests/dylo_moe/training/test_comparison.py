@@ -49,7 +49,8 @@ def test_the_saved_mixture_is_a_dylora_moe_that_finds_its_base_and_can_grow(fini
     assert model.experts.get_all_adapter_names() == ["expert_0", "expert_1", "expert_2", "law"]
     for expert in ("expert_0", "expert_2"):
         kept = DyLoRA_MoE.from_pretrained(finished / "mixture")(input_ids=ids, expert_id=expert).logits
-        assert torch.equal(model(input_ids=ids, expert_id=expert).logits, kept)
+        # Four experts side by side make a wider product than three: a CPU may add it up in another order.
+        torch.testing.assert_close(model(input_ids=ids, expert_id=expert).logits, kept)
 
 
 @pytest.mark.parametrize("adapter", ["mixture", "lora"])
