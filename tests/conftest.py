@@ -3,10 +3,7 @@
 import json
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-
-from moe_common.models.base_model import load_base_model
+from tiny_models import committed_tokenizer, tiny_folder
 
 TEXTS = {
     "rain": "rain falls on the hills and runs to the sea again and again",
@@ -17,22 +14,13 @@ TEXTS = {
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory):
     """Folder of a random model with the committed tokenizer: quick, and good enough to run through."""
-    folder = tmp_path_factory.mktemp("tiny_base")
-    _, tokenizer = load_base_model()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=len(tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return tiny_folder(tmp_path_factory.mktemp("tiny_base"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """The tokenizer of the committed base model; a test that changes one loads its own."""
+    return committed_tokenizer()
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from peft import PeftConfig
+from tiny_models import tiny_folder
 
 import train
 from dylo_moe.continual import run as continual
@@ -188,12 +189,8 @@ def test_a_bad_file_is_one_line_that_says_where(tiny_options, tmp_path, capsys, 
 
 @pytest.mark.usefixtures("quick")
 def test_a_checkpoint_of_another_base_is_refused_and_both_are_named(tiny_options, tiny_base, tmp_path, capsys):
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
     assert train.main(tiny_options(tmp_path / "run", compare=False, num_steps=2)) == 0
-    other = LlamaForCausalLM(LlamaConfig.from_pretrained(tiny_base, hidden_size=48))
-    other.save_pretrained(tmp_path / "other")
-    AutoTokenizer.from_pretrained(tiny_base).save_pretrained(tmp_path / "other")
+    tiny_folder(tmp_path / "other", hidden_size=48)
     said = refused(tiny_options(tmp_path / "run", compare=False, num_steps=2, model_name=tmp_path / "other"), capsys)
     assert f"model_name ({tiny_base} there, {tmp_path / 'other'} asked for)" in said
     # the same name, but another model behind it

@@ -5,15 +5,13 @@ import torch
 from peft import LoraConfig, MoELoraConfig, get_peft_model
 from peft.tuners.lora.arrow import create_arrow_model
 from peft.tuners.lora.config import ArrowConfig
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_models import tiny_model
 
 IDS = torch.arange(3, 19)[None]
 
 
-def base() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)).eval()
+def base():
+    return tiny_model(num_hidden_layers=1)
 
 
 @pytest.fixture

@@ -3,16 +3,13 @@
 import pytest
 import torch
 from peft import MoELoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_models import tiny_model
 
 IDS = torch.arange(3, 19)[None]
 
 
 @pytest.mark.parametrize(("selection", "learns"), [("top_k", False), ("hybrid", True)])
 def test_one_expert_a_token_teaches_the_router_nothing_unless_training_weighs_all(selection, learns):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-    base = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
     config = MoELoraConfig(
         num_experts=3,
         top_k=1,
@@ -22,7 +19,7 @@ def test_one_expert_a_token_teaches_the_router_nothing_unless_training_weighs_al
         init_lora_weights=False,
         task_type="CAUSAL_LM",
     )
-    model = get_peft_model(base, config).train()
+    model = get_peft_model(tiny_model(num_hidden_layers=1), config).train()
     model(input_ids=IDS, labels=IDS).loss.backward()
     gradients = [gate.weight.grad for gate in model.base_model.moe_router.gates.values()]
     largest = max(gradient.abs().max().item() if gradient is not None else 0.0 for gradient in gradients)

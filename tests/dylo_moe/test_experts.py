@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from dylora_testing import tiny_llama, tiny_mixture, tokens
 from peft import LoraConfig, get_peft_model
+from tiny_models import tiny_mixture, tiny_model, tokens
 
 IDS = tokens(2, 9)
 
@@ -46,7 +46,7 @@ def test_other_changes_of_a_new_expert_reach_its_config():
 
 
 def test_a_trained_adapter_becomes_an_expert(tmp_path):
-    base = tiny_llama()
+    base = tiny_model()
     plain = get_peft_model(base, LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False))
     plain.save_pretrained(tmp_path)
     expected = logits(plain.eval())

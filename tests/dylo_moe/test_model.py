@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 from datasets import Dataset
-from dylora_testing import tiny_llama, tiny_mixture, tokens, train_looking
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
+from tiny_models import tiny_mixture, tiny_model, tokens, train_looking
 from transformers import Trainer, TrainingArguments
 
 from dylo_moe.model import DyLoRA_MoE
@@ -27,7 +27,7 @@ def one_hot(column: int, num_experts: int = 3):
 
 @pytest.fixture
 def base_folder(tmp_path):
-    tiny_llama().save_pretrained(tmp_path / "base")
+    tiny_model().save_pretrained(tmp_path / "base")
     return tmp_path / "base"
 
 
@@ -35,8 +35,8 @@ def base_folder(tmp_path):
 
 
 def test_an_untrained_mixture_is_its_base():
-    model = DyLoRA_MoE(tiny_llama(), 3, 4, 8).eval()
-    torch.testing.assert_close(logits(model), logits(tiny_llama()), rtol=0, atol=0)
+    model = DyLoRA_MoE(tiny_model(), 3, 4, 8).eval()
+    torch.testing.assert_close(logits(model), logits(tiny_model()), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("expert", [1, "expert_1"])
@@ -282,7 +282,7 @@ def test_trainer_trains_saves_and_resumes_it(tmp_path):
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert changed == {name for name, p in model.named_parameters() if p.requires_grad}
     saved = tmp_path / "whole" / "checkpoint-4"
-    assert torch.equal(logits(DyLoRA_MoE.from_pretrained(saved, tiny_llama())), logits(model.eval()))
+    assert torch.equal(logits(DyLoRA_MoE.from_pretrained(saved, tiny_model())), logits(model.eval()))
 
     again = tiny_mixture(balance_coefficient=0.1)
     resumed = Trainer(model=again, args=training_arguments(tmp_path / "whole"), train_dataset=rows())
@@ -335,7 +335,7 @@ def test_what_was_saved_is_a_mixture_for_peft_too(base_folder, tmp_path):
     model.eval().save_pretrained(tmp_path / "saved")
     alone = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert torch.equal(logits(alone), logits(model))
-    onto_a_base = PeftModel.from_pretrained(tiny_llama(), tmp_path / "saved")
+    onto_a_base = PeftModel.from_pretrained(tiny_model(), tmp_path / "saved")
     # The weights of a file lie at other addresses than those made in memory, and products depend on the alignment.
     torch.testing.assert_close(logits(onto_a_base), logits(model))
 
@@ -423,7 +423,7 @@ def test_expert_id_is_refused_while_one_expert_is_active_alone():
 
 def test_a_base_with_other_measures_is_refused_and_both_are_named(base_folder, tmp_path):
     DyLoRA_MoE(base_folder, 2, 4, 8).save_pretrained(tmp_path / "saved")
-    other = tiny_llama(num_hidden_layers=3)
+    other = tiny_model(num_hidden_layers=3)
     other.name_or_path = "owner/other"
     with pytest.raises(ValueError, match=r"for the base '.*base', but .* 'owner/other': .* num_layers 2 against 3"):
         DyLoRA_MoE.from_pretrained(tmp_path / "saved", other)
@@ -432,7 +432,7 @@ def test_a_base_with_other_measures_is_refused_and_both_are_named(base_folder, t
 def test_a_base_with_other_weights_is_refused(base_folder, tmp_path):
     DyLoRA_MoE(base_folder, 2, 4, 8).save_pretrained(tmp_path / "saved")
     with pytest.raises(ValueError, match="they differ in its weights"):
-        DyLoRA_MoE.from_pretrained(tmp_path / "saved", tiny_llama(seed=1))
+        DyLoRA_MoE.from_pretrained(tmp_path / "saved", tiny_model(seed=1))
 
 
 def test_the_same_base_in_bfloat16_is_taken(base_folder, tmp_path):
@@ -464,4 +464,4 @@ def test_damaged_settings_are_refused(tmp_path, text, message):
 
 def test_the_order_of_peft_is_explained():
     with pytest.raises(ValueError, match="The folder comes first"):
-        DyLoRA_MoE.from_pretrained(tiny_llama(), "somewhere")
+        DyLoRA_MoE.from_pretrained(tiny_model(), "somewhere")

@@ -4,9 +4,9 @@ import re
 
 import pytest
 import torch
-from dylora_testing import tiny_mixture
 from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM, MoELoraConfig, get_peft_model
+from tiny_models import tiny_mixture
 
 from dylo_moe import DyLoRA_MoE
 from dylo_moe.model_card import CARD, describe_mixture, describe_training, measure_and_describe

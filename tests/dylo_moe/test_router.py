@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from dylora_testing import tiny_llama, tiny_mixture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import MoELoraConfig, get_peft_model
+from tiny_models import tiny_mixture, tiny_model
 
 from dylo_moe.router import DynamicHybridRouter, HybridRouterConfig
 
@@ -93,13 +93,13 @@ def test_the_temperature_can_be_changed_and_is_saved(tmp_path):
     assert after.max() < before.max()
     torch.testing.assert_close(after.log() - after.log()[..., :1], (before.log() - before.log()[..., :1]) / 4)
     model.save_pretrained(tmp_path)
-    assert type(model).from_pretrained(tmp_path, tiny_llama()).router.temperature == 4.0
+    assert type(model).from_pretrained(tmp_path, tiny_model()).router.temperature == 4.0
     with pytest.raises(ValueError, match="temperature is 0, but must be positive"):
         model.router.temperature = 0
 
 
 def test_a_mixture_that_selects_otherwise_is_refused():
-    model = get_peft_model(tiny_llama(), MoELoraConfig(num_experts=2, target_modules=["q_proj"], top_p=0.5))
+    model = get_peft_model(tiny_model(), MoELoraConfig(num_experts=2, target_modules=["q_proj"], top_p=0.5))
     with pytest.raises(ValueError, match="selects by 'top_p', but a DynamicHybridRouter needs 'hybrid' or 'top_k'"):
         DynamicHybridRouter(model, top_k=1)
 

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 from datasets import Dataset
-from dylora_testing import tiny_llama, tiny_mixture, tokens
 from safetensors.torch import load_file, save_file
+from tiny_models import tiny_mixture, tiny_model, tokens
 
 from dylo_moe.skills import SkillLibrary, embed_blocks, measure_background
 
@@ -18,13 +18,13 @@ def blocks_of(ids, mask=None) -> Dataset:
 
 @torch.no_grad()
 def test_an_embedding_is_the_mean_of_the_last_hidden_states():
-    base, ids = tiny_llama(), tokens(5, 9)
+    base, ids = tiny_model(), tokens(5, 9)
     states = base(ids, output_hidden_states=True).hidden_states[-1]
     torch.testing.assert_close(embed_blocks(base, blocks_of(ids), batch_size=2), states.mean(dim=1))
 
 
 def test_padding_is_left_out_of_an_embedding():
-    base, ids = tiny_llama(), tokens(2, 6)
+    base, ids = tiny_model(), tokens(2, 6)
     padded = torch.cat([ids, torch.zeros(2, 3, dtype=torch.long)], dim=1)
     mask = torch.tensor([[1] * 6 + [0] * 3] * 2)
     torch.testing.assert_close(embed_blocks(base, blocks_of(padded, mask)), embed_blocks(base, blocks_of(ids)))
@@ -33,7 +33,7 @@ def test_padding_is_left_out_of_an_embedding():
 def test_an_embedding_is_the_bases_whatever_its_experts_have_learnt():
     blocks = blocks_of(tokens(3, 9))
     model = tiny_mixture().train()
-    assert torch.equal(embed_blocks(model, blocks), embed_blocks(tiny_llama(), blocks))
+    assert torch.equal(embed_blocks(model, blocks), embed_blocks(tiny_model(), blocks))
     assert model.training
     with torch.no_grad():
         model.eval()(tokens(2, 9))
@@ -41,7 +41,7 @@ def test_an_embedding_is_the_bases_whatever_its_experts_have_learnt():
 
 
 def test_the_background_is_the_same_each_time_and_has_a_spread():
-    base = tiny_llama()
+    base = tiny_model()
     background_2H = measure_background(base)
     assert background_2H.shape == (2, 32) and (background_2H[1] > 0).all()
     assert torch.equal(background_2H, measure_background(tiny_mixture()))
@@ -51,9 +51,9 @@ def test_the_background_is_the_same_each_time_and_has_a_spread():
 def test_a_block_of_padding_alone_has_no_embedding():
     ids = tokens(2, 4)
     with pytest.raises(ValueError, match="nothing but padding"):
-        embed_blocks(tiny_llama(), blocks_of(ids, torch.tensor([[1] * 4, [0] * 4])))
+        embed_blocks(tiny_model(), blocks_of(ids, torch.tensor([[1] * 4, [0] * 4])))
     with pytest.raises(ValueError, match="no block to embed"):
-        embed_blocks(tiny_llama(), blocks_of(ids).select([]))
+        embed_blocks(tiny_model(), blocks_of(ids).select([]))
 
 
 def test_similarity_is_the_cosine_seen_against_the_background():

@@ -1,24 +1,16 @@
 """Which layers get experts: every family that the table names, on tiny random models."""
 
 import pytest
-import transformers
-from transformers import AutoModelForCausalLM
+from tiny_models import tiny_model
 
 from dylo_moe.model import DyLoRA_MoE
 from dylo_moe.target_modules import TARGETS, find_target_modules, has_transposed_weights
 
-SIZES = {
-    "vocab_size": 32,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-}
 ALL_SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FUSED = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
 
-# config class, what it needs besides SIZES, the layers expected
+# config class, what it needs besides the usual sizes, the layers expected
 FAMILIES = {
     "llama": ("LlamaConfig", {}, ALL_SEVEN),
     "mistral": ("MistralConfig", {"num_key_value_heads": 1, "head_dim": 8}, ALL_SEVEN),
@@ -42,8 +34,7 @@ FAMILIES = {
 
 def tiny(family: str):
     name, extra, _ = FAMILIES[family]
-    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    return AutoModelForCausalLM.from_config(getattr(transformers, name)(**SIZES, **special, **extra))
+    return tiny_model(name, **extra)
 
 
 def test_every_architecture_of_the_table_is_tested():
@@ -68,17 +59,13 @@ def test_only_gpt2_keeps_its_weights_transposed(family):
 
 
 def test_an_unknown_architecture_is_refused_and_its_layers_are_named():
-    base = AutoModelForCausalLM.from_config(
-        transformers.OPTConfig(vocab_size=32, hidden_size=16, ffn_dim=24, num_hidden_layers=1, num_attention_heads=2)
-    )
+    base = tiny_model("OPTConfig", ffn_dim=24)
     with pytest.raises(ValueError, match=r"architecture 'opt' .*known are llama.*linear layers are .*fc1"):
         DyLoRA_MoE(base)
 
 
 def test_an_unknown_architecture_takes_layers_that_are_named_for_it():
-    base = AutoModelForCausalLM.from_config(
-        transformers.OPTConfig(vocab_size=32, hidden_size=16, ffn_dim=24, num_hidden_layers=1, num_attention_heads=2)
-    )
+    base = tiny_model("OPTConfig", ffn_dim=24)
     model = DyLoRA_MoE(base, 2, 2, 4, target_modules=["fc1"])
     assert {name.split(".")[-2] for name, _ in model.named_modules() if name.endswith("lora_A")} == {"fc1"}
 

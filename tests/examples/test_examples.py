@@ -7,7 +7,8 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from tiny_models import tiny_folder
+from transformers import AutoModelForCausalLM
 
 FOLDER = Path(__file__).parents[2] / "examples"
 EXAMPLES = sorted(FOLDER.glob("*.py"))
@@ -86,22 +87,10 @@ def test_without_adapters_the_example_makes_one_for_each_dataset(tiny_base, tiny
 
 
 @pytest.fixture(scope="module")
-def base_of_width_64(tiny_base, tmp_path_factory):
+def base_of_width_64(tmp_path_factory):
     """The CPU kernel of 4-bit weights takes layers whose width is a multiple of 64."""
-    folder = tmp_path_factory.mktemp("base64")
-    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        vocab_size=len(tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_key_value_heads": 4}
+    return tiny_folder(tmp_path_factory.mktemp("base64"), num_hidden_layers=1, **sizes)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

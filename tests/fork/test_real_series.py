@@ -16,6 +16,7 @@ from fork_tool import pull_request as fork_pull_request
 from fork_tool import release as fork_release
 from fork_tool import tree as fork_tree
 from peft import LoraConfig, MoELoraConfig, PeftConfig, get_peft_model
+from tiny_models import tiny_folder
 
 REAL = fork_tree.Fork(FORK_FOLDER)
 EXAMPLE = FORK_FOLDER / "examples/moe_lora_finetuning/moe_lora_finetuning.py"
@@ -125,25 +126,8 @@ def example():
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    """A tiny random model with a tokenizer of letters."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("base")
-    letters = {letter: i for i, letter in enumerate("_.abcdefghijklmnopqrstuvwxyz ")}
-    tokenizer = Tokenizer(models.WordLevel(letters, unk_token="_"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="_", eos_token=".").save_pretrained(folder)
-    config = LlamaConfig(
-        vocab_size=len(letters),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        eos_token_id=1,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    """A tiny random model and some text."""
+    folder = tiny_folder(tmp_path_factory.mktemp("base"), hidden_size=16, num_hidden_layers=1)
     (folder / "quotes.txt").write_text("a mixture of experts\nweighs them for each token\n" * 8)
     return folder
 

@@ -2,22 +2,19 @@
 
 import pytest
 import torch
-from moe_families import FAMILIES, NUM_EXPERTS, tiny_moe
+from tiny_models import MOE_KINDS, NUM_EXPERTS, tiny_model
 from torch import nn
-from transformers import DogeConfig, DogeForCausalLM, JetMoeConfig, JetMoeForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from moe_ext.routers import moe_layers, router_parameters
 
-SMALL = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 
-
-@pytest.fixture(params=sorted(FAMILIES))
+@pytest.fixture(params=MOE_KINDS)
 def family(request):
     return request.param
 
 
 def test_the_routers_found_are_those_whose_logits_the_model_returns(family):
-    model = tiny_moe(family)
+    model = tiny_model(family)
     layers = moe_layers(model)
     seen = {}
     for layer in layers:
@@ -31,7 +28,7 @@ def test_the_routers_found_are_those_whose_logits_the_model_returns(family):
 
 
 def test_the_experts_of_a_layer_are_those_that_run_beside_its_router(family):
-    model = tiny_moe(family)
+    model = tiny_model(family)
     for layer in moe_layers(model):
         assert layer.num_experts == NUM_EXPERTS == layer.experts.gate_up_proj.shape[0]
         assert model.get_submodule(layer.experts_name) is layer.experts
@@ -40,7 +37,7 @@ def test_the_experts_of_a_layer_are_those_that_run_beside_its_router(family):
 
 
 def test_only_the_routers_are_among_the_router_parameters(family):
-    model = tiny_moe(family)
+    model = tiny_model(family)
     found = router_parameters(model)
     assert sum(parameter.numel() for parameter in found.values()) == len(moe_layers(model)) * NUM_EXPERTS * 32
     own = dict(model.named_parameters())
@@ -50,7 +47,7 @@ def test_only_the_routers_are_among_the_router_parameters(family):
 
 
 def test_a_changed_router_changes_the_routing(family):
-    model = tiny_moe(family)
+    model = tiny_model(family)
     tokens = torch.arange(12)[None]
     before = model(tokens).logits
     with torch.no_grad():
@@ -60,37 +57,35 @@ def test_a_changed_router_changes_the_routing(family):
 
 
 def test_the_layers_are_numbered_as_the_model_numbers_them():
-    assert [layer.index for layer in moe_layers(tiny_moe("olmoe"))] == [0, 1]
-    assert [layer.index for layer in moe_layers(tiny_moe("deepseek_v3"))] == [1]
+    assert [layer.index for layer in moe_layers(tiny_model("olmoe"))] == [0, 1]
+    assert [layer.index for layer in moe_layers(tiny_model("deepseek_v3"))] == [1]
 
 
 def test_a_dense_model_is_refused():
-    model = LlamaForCausalLM(LlamaConfig(**SMALL, intermediate_size=16))
+    model = tiny_model()
     with pytest.raises(ValueError, match="LlamaForCausalLM is a dense model.*no router logits"):
         moe_layers(model)
 
 
 def test_a_mixture_all_of_whose_layers_are_dense_is_refused():
     with pytest.raises(ValueError, match="holds no router.*DeepseekV3TopkRouter.*all its layers are dense"):
-        moe_layers(tiny_moe("deepseek_v3", first_k_dense_replace=2))
+        moe_layers(tiny_model("deepseek_v3", first_k_dense_replace=2))
 
 
 def test_a_class_that_records_from_several_kinds_of_modules_is_refused():
-    config = JetMoeConfig(
-        **{**SMALL, "num_attention_heads": None}, num_key_value_heads=2, kv_channels=8, intermediate_size=16
-    )
+    model = tiny_model("JetMoeConfig", num_attention_heads=None, kv_channels=8)
     with pytest.raises(ValueError, match="records router logits from JetMoeAttention and JetMoeTopKGating"):
-        moe_layers(JetMoeForCausalLM(config))
+        moe_layers(model)
 
 
 def test_a_recorded_module_that_is_more_than_a_router_is_refused():
-    config = DogeConfig(**SMALL, intermediate_size=16, is_moe=True, num_experts=16)
+    model = tiny_model("DogeConfig", is_moe=True, num_experts=16)
     with pytest.raises(ValueError, match="DogeCDMoE .*holds no parameters of its own and not one weight"):
-        moe_layers(DogeForCausalLM(config))
+        moe_layers(model)
 
 
 def test_a_router_without_fused_experts_beside_it_is_refused():
-    model = tiny_moe("olmoe")
+    model = tiny_model("olmoe")
     model.model.layers[1].mlp.experts = nn.ModuleList([nn.Linear(32, 32) for _ in range(NUM_EXPERTS)])
     with pytest.raises(ValueError, match=r"model.layers.1.mlp .*router of 4 experts, but no module.*ModuleList"):
         moe_layers(model)

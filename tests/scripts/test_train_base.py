@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from tiny_models import committed_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from moe_common.models.base_model import COMMITTED_FOLDER
 
@@ -92,7 +93,7 @@ def test_the_signals_are_given_back():
 
 
 def test_the_model_that_is_built_has_the_committed_shape():
-    tokenizer = AutoTokenizer.from_pretrained(COMMITTED_FOLDER)
+    tokenizer = committed_tokenizer()
     built, committed = train_base.build_model(tokenizer, context=512), AutoConfig.from_pretrained(COMMITTED_FOLDER)
     assert built.num_parameters() == 5_721_344
     shape = ("vocab_size", "max_position_embeddings", "tie_word_embeddings", "pad_token_id", *TINY)

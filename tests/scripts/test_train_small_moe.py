@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import committed_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from moe_common.models.base_model import COMMITTED_FOLDER
 from moe_ext.moe_models import SMALL_MOE_FOLDER
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -100,7 +100,7 @@ def test_two_favoured_experts_of_four_have_a_balance_loss_of_two(script):
 def test_the_loss_is_next_token_and_the_mean_balance_of_the_layers(script, monkeypatch):
     monkeypatch.setattr(script, "SHAPE", TINY)
     torch.manual_seed(0)
-    model = script.build_model(AutoTokenizer.from_pretrained(COMMITTED_FOLDER), context=16).eval()
+    model = script.build_model(committed_tokenizer(), context=16).eval()
     tokens = torch.arange(32).view(2, 16)
     outputs = model(tokens, labels=tokens, output_router_logits=True)
     plain = model(tokens, labels=tokens).loss
@@ -110,7 +110,7 @@ def test_the_loss_is_next_token_and_the_mean_balance_of_the_layers(script, monke
 
 
 def test_the_mixture_that_is_built_has_the_committed_shape(script):
-    model = script.build_model(AutoTokenizer.from_pretrained(COMMITTED_FOLDER), context=512)
+    model = script.build_model(committed_tokenizer(), context=512)
     committed = AutoConfig.from_pretrained(SMALL_MOE_FOLDER)
     assert {name: getattr(committed, name) for name in script.SHAPE} == script.SHAPE
     assert model.num_parameters() == 2_365_568

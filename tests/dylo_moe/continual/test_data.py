@@ -5,14 +5,8 @@ import json
 import pytest
 
 from dylo_moe.continual.data import read_skill, spread
-from moe_common.models.base_model import load_base_model
 
 SIZES = {"calibration_blocks": 4, "measured_blocks": 3, "block_size": 16}
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_base_model()[1]
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from dylora_testing import tiny_mixture, tokens
+from tiny_models import tiny_mixture, tokens
 
 from dylo_moe.continual.router_replay import RouterReplay, _fit, refit_router
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from moe_testing import tiny_base
 from peft.tuners.lora import moe_context, moe_frame, moe_layer, moe_router
-from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from tiny_models import tiny_model
 
 from dylo_moe.equivalence import explicit_checks as explicit
 from dylo_moe.equivalence import mixing_checks as mixing
@@ -13,23 +13,11 @@ from dylo_moe.equivalence.case import TOKEN_DRAWS, explicit_case, random_tokens,
 from dylo_moe.equivalence.models import open_model
 from dylo_moe.equivalence.validate import run_checks, validate
 
-SMALL = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 FAMILIES = {
     "gpt2": lambda: tiny_base("gpt2"),
     "olmoe": lambda: tiny_base("olmoe"),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL)),
-    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SMALL)),
+    "qwen3": lambda: tiny_model("qwen3"),
+    "gemma2": lambda: tiny_model("gemma2"),
 }
 
 

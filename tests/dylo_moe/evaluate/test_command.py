@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from tiny_models import tiny_folder
 
 import train
 from dylo_moe.evaluate import command as evaluate
@@ -71,8 +71,7 @@ def test_a_growing_mixture_is_evaluated_too(tiny_base, tiny_sources, tmp_path):
 
 
 def test_another_base_is_refused_and_both_are_named(finished, tiny_base, tmp_path, capsys):
-    LlamaForCausalLM(LlamaConfig.from_pretrained(tiny_base)).save_pretrained(tmp_path / "other")
-    AutoTokenizer.from_pretrained(tiny_base).save_pretrained(tmp_path / "other")
+    tiny_folder(tmp_path / "other", seed=1)
     said = refused(["--checkpoint", finished, "--model_name", tmp_path / "other"], capsys)
     assert f"trained for the base '{tiny_base}'" in said
     assert f"the base found is '{tmp_path / 'other'}'" in said

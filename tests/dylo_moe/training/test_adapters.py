@@ -1,28 +1,14 @@
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from tiny_models import tiny_model
 
 from dylo_moe.training.adapters import MixtureConfig, add_lora_of_size, add_mixture, num_trained
 
 
-def tiny_base() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=64,
-        )
-    )
-
-
 def test_the_lora_has_the_rank_that_comes_closest_to_the_mixtures_size():
     config = MixtureConfig(num_experts=4, lora_r=3)
-    size = num_trained(add_mixture(tiny_base(), config))
-    lora = add_lora_of_size(tiny_base(), size, config)
+    size = num_trained(add_mixture(tiny_model(), config))
+    lora = add_lora_of_size(tiny_model(), size, config)
     rank = lora.peft_config["default"].r
     of_one_rank = num_trained(lora) // rank
     assert abs(num_trained(lora) - size) <= of_one_rank / 2
@@ -30,7 +16,7 @@ def test_the_lora_has_the_rank_that_comes_closest_to_the_mixtures_size():
 
 def test_the_lora_scales_its_update_as_an_expert_does():
     config = MixtureConfig(num_experts=4, lora_r=4, lora_alpha=12)
-    lora = add_lora_of_size(tiny_base(), 20_000, config)
+    lora = add_lora_of_size(tiny_model(), 20_000, config)
     assert lora.base_model.model.model.layers[0].mlp.up_proj.scaling["default"] == pytest.approx(3.0)
 
 
@@ -47,13 +33,13 @@ def test_the_lora_scales_its_update_as_an_expert_does():
     ],
 )
 def test_each_option_reaches_the_config_of_the_mixture(option, value, read):
-    assert read(add_mixture(tiny_base(), MixtureConfig(**{option: value})).mixture_config) == value
+    assert read(add_mixture(tiny_model(), MixtureConfig(**{option: value})).mixture_config) == value
 
 
 @torch.no_grad()
 def kept(**options) -> tuple[int, int]:
     """Experts that a token's weights are not zero for, in training and in use."""
-    model = add_mixture(tiny_base(), MixtureConfig(num_experts=4, **options))
+    model = add_mixture(tiny_model(), MixtureConfig(num_experts=4, **options))
     ids = torch.arange(8)[None]
     counts = []
     for training in (True, False):
@@ -70,8 +56,7 @@ def test_top_k_experts_are_weighed_in_training_too_unless_it_is_dense():
 
 
 def test_the_layers_of_gpt2_count_too():
-    shape = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 40}
-    lora = add_lora_of_size(GPT2LMHeadModel(GPT2Config(**shape)), 3000, MixtureConfig())
+    lora = add_lora_of_size(tiny_model("gpt2", n_embd=16, n_layer=1), 3000, MixtureConfig())
     rank = lora.peft_config["default"].r
     assert abs(num_trained(lora) - 3000) <= num_trained(lora) / rank / 2
 
@@ -81,7 +66,7 @@ def test_a_top_k_of_zero_keeps_all_experts():
 
 
 def test_every_linear_layer_is_adapted_also_of_an_architecture_that_is_not_known():
-    base = tiny_base()
+    base = tiny_model()
     base.config.model_type = "unheard-of"
     adapted = {name.split(".")[-2] for name, _ in add_mixture(base, MixtureConfig()).named_modules() if
                name.endswith("lora_A")}  # fmt: skip

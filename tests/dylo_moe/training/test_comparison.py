@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from tiny_models import tiny_folder
 
 import train
 from dylo_moe import DyLoRA_MoE
@@ -182,13 +182,9 @@ def test_a_base_that_cannot_keep_documents_apart_is_said(monkeypatch, tiny_base,
 
 
 @pytest.fixture(scope="module")
-def wide_base(tiny_base, tmp_path_factory):
+def wide_base(tmp_path_factory):
     """As tiny_base, of a width that the 4-bit kernel for CPUs can multiply."""
-    folder = tmp_path_factory.mktemp("wide_base")
-    config = LlamaConfig.from_pretrained(tiny_base, hidden_size=64, intermediate_size=64, head_dim=16)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tiny_base).save_pretrained(folder)
-    return folder
+    return tiny_folder(tmp_path_factory.mktemp("wide_base"), hidden_size=64, intermediate_size=64)
 
 
 @pytest.mark.parametrize(("quant", "layer"), [("8bit", "Linear8bitLt"), ("4bit", "Linear4bit"), ("none", "Linear")])

@@ -6,13 +6,7 @@ import pytest
 
 from dylo_moe.training.data import DataConfig, prepare
 from dylo_moe.training.data_report import as_text, count_data
-from moe_common.models.base_model import load_base_model
 from moe_common.text.packing import IGNORED_LABEL
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_base):
-    return load_base_model(tiny_base)[1]
 
 
 def read(name, split, tokenizer, *, apart=True, max_rows=None, seed=0, **options):

@@ -3,26 +3,15 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import MoELoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_models import tiny_model
 
 from dylo_moe.training.expert_usage import draw_usage, usage_by_block
 
 
 @pytest.fixture
 def routed():
-    torch.manual_seed(0)
-    base = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=64,
-        )
-    )
     config = MoELoraConfig(num_experts=4, top_k=2, r=2, target_modules="all-linear", task_type="CAUSAL_LM")
-    return get_peft_model(base, config)
+    return get_peft_model(tiny_model(num_hidden_layers=3), config)
 
 
 @pytest.fixture
@@ -60,12 +49,8 @@ def test_measuring_leaves_the_model_in_the_mode_it_came_in(routed, blocks):
 
 
 def test_a_router_with_one_gate_gives_one_row(blocks):
-    torch.manual_seed(0)
-    base = LlamaForCausalLM(
-        LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
-    )
     config = MoELoraConfig(num_experts=3, r=2, target_modules=["q_proj"], router_scope="model", task_type="CAUSAL_LM")
-    assert usage_by_block(get_peft_model(base, config), blocks).shape == (1, 3)
+    assert usage_by_block(get_peft_model(tiny_model(), config), blocks).shape == (1, 3)
 
 
 def test_the_picture_is_written_whole(tmp_path):

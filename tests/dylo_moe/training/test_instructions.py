@@ -1,10 +1,9 @@
 """Conversations: the loss is on the answers alone, and what is too long is left out or cut as asked."""
 
 import pytest
-from transformers import AutoTokenizer
+from tiny_models import committed_tokenizer
 
 from dylo_moe.training.instructions import encode_conversation, encode_examples, is_instruction, with_chat_template
-from moe_common.models.base_model import COMMITTED_FOLDER
 from moe_common.text.packing import IGNORED_LABEL
 
 CHAT = [
@@ -28,7 +27,7 @@ FORGETFUL = (
 
 @pytest.fixture
 def tokenizer():
-    return AutoTokenizer.from_pretrained(COMMITTED_FOLDER)
+    return committed_tokenizer()  # one of its own, for tests give it another template
 
 
 @pytest.fixture

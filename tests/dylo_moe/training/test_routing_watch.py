@@ -3,19 +3,15 @@
 import pytest
 import torch
 from peft import LoraConfig, MoELoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_models import tiny_model
 
 from dylo_moe.training.routing_watch import FEWEST_TOKENS, RoutingWatch
 
 
 @pytest.fixture
 def mixture():
-    torch.manual_seed(0)
-    base = LlamaForCausalLM(
-        LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
-    )
     config = MoELoraConfig(num_experts=3, top_k=1, r=2, target_modules="all-linear", router_scope="block")
-    return get_peft_model(base, config)
+    return get_peft_model(tiny_model(), config)
 
 
 def run(model, *, rows: int, length: int = 10) -> None:

@@ -3,7 +3,7 @@ import time
 import pytest
 import torch
 from peft import MoELoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_models import tiny_model
 
 from dylo_moe.training.throughput import time_in_turns, tokens_per_second
 
@@ -22,12 +22,8 @@ def test_the_slower_way_takes_longer():
 
 @pytest.fixture
 def routed():
-    torch.manual_seed(0)
-    base = LlamaForCausalLM(
-        LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
-    )
     config = MoELoraConfig(num_experts=3, r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    return get_peft_model(base, config)
+    return get_peft_model(tiny_model(), config)
 
 
 def test_measuring_leaves_the_mixture_active_and_trainable_as_it_was(routed):

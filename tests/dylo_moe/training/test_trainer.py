@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, MoELoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_models import VOCAB, tiny_model
 from transformers.trainer_pt_utils import LabelSmoother
 
 from dylo_moe.training import trainer as training
@@ -14,13 +14,9 @@ from dylo_moe.training.trainer import RoutedTrainer, TrainingConfig, smoothing_t
 from moe_common.text.batches import collate
 from moe_common.text.packing import IGNORED_LABEL
 
-VOCABULARY = 50
-
 
 def tiny_base():
-    torch.manual_seed(0)
-    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, initializer_range=0.2, **shape))
+    return tiny_model(initializer_range=0.2)
 
 
 def tiny_mixture(**changed):
@@ -30,7 +26,7 @@ def tiny_mixture(**changed):
 
 def some_rows(count: int = 12, length: int = 10) -> Dataset:
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(1, VOCABULARY, (count, length), generator=generator).tolist()
+    tokens = torch.randint(1, VOCAB, (count, length), generator=generator).tolist()
     labels = [[IGNORED_LABEL] * (number % 4) + row[number % 4 :] for number, row in enumerate(tokens)]
     return Dataset.from_dict({"input_ids": tokens, "attention_mask": [[1] * length] * count, "labels": labels})
 

@@ -1,23 +1,7 @@
 """peft/fork_tool/pull_request.py: the queue, our own files and the documentation as commits on a branch."""
 
 import pytest
-from fake_upstream import LINES, FakeFork
-
-
-def write(fork, **texts):
-    """Write files of ours; in a name, two underscores stand for a slash."""
-    for name, text in texts.items():
-        path = fork.root / f"{name.replace('__', '/')}.{'py' if name.startswith('tests') else 'md'}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-
-
-def bring(fork, patch, *patterns):
-    """Let a patch bring more of our files."""
-    series = fork.root / "series.toml"
-    series.write_text(
-        series.read_text().replace(f'patch = "{patch}"\n', f'patch = "{patch}"\nfiles = {list(patterns)}\n')
-    )
+from fake_upstream import LINES, FakeFork, bring, write
 
 
 def files_of(checkout, commit):

@@ -1,8 +1,7 @@
 """peft/fork_tool/verify.py: each commit of a series is told apart from one that does not stand alone."""
 
 import pytest
-from fake_upstream import SERIES, FakeFork, write_sdist
-from test_pull_request import bring, write
+from fake_upstream import SERIES, FakeFork, bring, write, write_sdist
 
 # Upstream's files, which elsewhere in these tests are lines of words, as Python that can be run.
 VALID = {"src/peft/mapping.py": "FIRST = 1\nLAST = 2\n", "src/peft/tuners/lora/layer.py": "RANK = 8\n"}

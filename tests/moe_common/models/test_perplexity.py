@@ -6,28 +6,19 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from tiny_models import committed_tokenizer, tiny_model
 
-from moe_common.models.base_model import COMMITTED_FOLDER
 from moe_common.models.perplexity import measure_blocks, measure_texts
 from moe_common.text.packing import IGNORED_LABEL, pack_apart, pack_documents
 
-TOKENIZER = AutoTokenizer.from_pretrained(COMMITTED_FOLDER)
+TOKENIZER = committed_tokenizer()
 TEXTS = ["The cat sat on the mat.", "def add(a, b):\n    return a + b\n", "Question: 2 + 2?\nAnswer: 4"]
 
 
 @pytest.fixture
-def model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(TOKENIZER),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        initializer_range=0.3,  # far from uniform, so that a wrong token costs visibly
-    )
-    return LlamaForCausalLM(config).eval()
+def model():
+    # far from uniform, so that a wrong token costs visibly
+    return tiny_model(vocab_size=len(TOKENIZER), initializer_range=0.3)
 
 
 @torch.no_grad()

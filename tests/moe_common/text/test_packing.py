@@ -5,23 +5,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import (
-    AutoTokenizer,
-    FalconConfig,
-    FalconForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MambaConfig,
-    MambaForCausalLM,
-)
+from tiny_models import committed_tokenizer, tiny_model
 
-from moe_common.models.base_model import COMMITTED_FOLDER
 from moe_common.text.batches import collate
 from moe_common.text.packing import IGNORED_LABEL, keeps_documents_apart, pack_apart, pack_documents, token_stream
 
-TOKENIZER = AutoTokenizer.from_pretrained(COMMITTED_FOLDER)
+TOKENIZER = committed_tokenizer()
 
 
 @settings(max_examples=60, deadline=None)
@@ -61,7 +50,7 @@ def test_an_end_of_text_token_stands_after_each_document_and_nowhere_else():
 
 
 def test_a_tokenizer_without_an_end_of_text_token_is_refused():
-    tokenizer = AutoTokenizer.from_pretrained(COMMITTED_FOLDER)
+    tokenizer = committed_tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="has no end-of-text token to separate documents with"):
         pack_documents(["a"], tokenizer, block_size=8)
@@ -75,15 +64,13 @@ def test_a_block_of_one_token_is_refused():
 # -- documents kept apart ------------------------------------------------------------------------------------------
 
 
-def tiny_llama(**changed):
-    torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, **changed}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=len(TOKENIZER), initializer_range=0.3, **shape)).eval()
+def decided_llama(**changed):
+    return tiny_model(vocab_size=len(TOKENIZER), initializer_range=0.3, **changed)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_in_a_packed_row_each_document_is_read_as_if_it_stood_alone(attention):
-    model = tiny_llama(attn_implementation=attention)
+    model = decided_llama(attn_implementation=attention)
     texts = ["one two three", "def f(x):", "the sea, the sea", "4"]
     row = pack_apart(texts, TOKENIZER, block_size=999, keep_remainder=True).with_format("torch")[0]
     with torch.no_grad():
@@ -122,19 +109,17 @@ def test_positions_count_from_the_start_of_the_document_or_of_the_row(texts, blo
 
 
 def test_a_model_that_keeps_documents_apart_is_known_by_trying():
-    assert keeps_documents_apart(tiny_llama())
-    assert keeps_documents_apart(GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=99)))
+    assert keeps_documents_apart(decided_llama())
+    assert keeps_documents_apart(tiny_model("gpt2"))
 
 
 def test_a_model_that_does_not_is_known_too():
-    mamba = MambaForCausalLM(MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=99))
-    assert not keeps_documents_apart(mamba)
-    falcon = FalconForCausalLM(FalconConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=99))
-    assert not keeps_documents_apart(falcon)
+    assert not keeps_documents_apart(tiny_model("MambaConfig"))
+    assert not keeps_documents_apart(tiny_model("FalconConfig"))
 
 
 def test_trying_leaves_the_mode_as_it_was():
-    model = tiny_llama()
+    model = decided_llama()
     for training in (True, False):
         model.train(training)
         keeps_documents_apart(model)

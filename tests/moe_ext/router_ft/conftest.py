@@ -1,16 +1,16 @@
 """A tiny mixture on disk, plans that mix all formats, and runs of a few seconds."""
 
 import pytest
+import tiny_models
 import torch
-from moe_families import FAMILIES, tiny_moe
+from tiny_models import MOE_KINDS, tiny_model
 
-from moe_common.models.base_model import load_base_model
 from moe_ext.router_ft.formats import FORMATS
 from moe_ext.router_ft.matrices import find_matrices
 from moe_ext.router_ft.plan import Plan
 
 
-@pytest.fixture(params=sorted(FAMILIES))
+@pytest.fixture(params=MOE_KINDS)
 def family(request):
     return request.param
 
@@ -20,7 +20,7 @@ def model_of():
     """A function that makes a tiny model of a family whose weights bfloat16 can hold."""
 
     def make(family, **changed):
-        model = tiny_moe(family, **changed)
+        model = tiny_model(family, **changed)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.copy_(parameter.bfloat16())
@@ -45,15 +45,6 @@ def mixed_plan():
 
 
 @pytest.fixture(scope="session")
-def tokenizer():
-    return load_base_model()[1]
-
-
-@pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory, tokenizer):
+def tiny_folder(tmp_path_factory):
     """Folder of a tiny OLMoE with the committed tokenizer."""
-    folder = tmp_path_factory.mktemp("tiny_moe")
-    model = tiny_moe("olmoe", vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return str(tiny_models.tiny_folder(tmp_path_factory.mktemp("tiny_moe"), "olmoe", dtype=torch.bfloat16))

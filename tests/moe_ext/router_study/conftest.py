@@ -1,46 +1,34 @@
 """A tiny mixture on disk with the committed tokenizer, revisions of it, and three small sources of text."""
 
 import pytest
+import tiny_models
 import torch
-from moe_families import FAMILIES, tiny_moe
-
-from moe_common.models.base_model import load_base_model
+from tiny_models import MOE_KINDS
 
 WORDS = ["the", "of", "and", "a", "in", "to", "was", "is", "for", "on", "by", "with", "from", "at", "it", "as", "are"]
 
 
-@pytest.fixture(params=sorted(FAMILIES))
+@pytest.fixture(params=MOE_KINDS)
 def family(request):
     return request.param
 
 
-@pytest.fixture(scope="session")
-def tokenizer():
-    return load_base_model()[1]
-
-
-def _save(folder, tokenizer, *, seed):
-    model = tiny_moe("olmoe", seed=seed, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.mlp.gate.weight.mul_(20)  # small random rows would send every token the same way
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def spread_gates(model):
+    for layer in model.model.layers:
+        layer.mlp.gate.weight.mul_(20)  # small random rows would send every token the same way
 
 
 @pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory, tokenizer):
-    folder = tmp_path_factory.mktemp("study") / "tiny_moe"
-    _save(folder, tokenizer, seed=0)
-    return folder
+def tiny_folder(tmp_path_factory):
+    return tiny_models.tiny_folder(tmp_path_factory.mktemp("study") / "tiny_moe", "olmoe", change=spread_gates)
 
 
 @pytest.fixture(scope="session")
-def revisions_folder(tmp_path_factory, tokenizer):
+def revisions_folder(tmp_path_factory):
     """A folder with the revisions step5-tokens1K, step40-tokens8K and main; step40 is main."""
     folder = tmp_path_factory.mktemp("revisions")
     for name, seed in (("step40-tokens8K", 0), ("step5-tokens1K", 1), ("main", 0)):
-        _save(folder / name, tokenizer, seed=seed)
+        tiny_models.tiny_folder(folder / name, "olmoe", seed=seed, change=spread_gates)
     return folder
 
 

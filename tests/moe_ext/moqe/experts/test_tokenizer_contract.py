@@ -6,11 +6,6 @@ from transformers import AutoTokenizer
 from moe_ext.moqe.experts.tokenizer_contract import check_tokenizers
 
 
-@pytest.fixture
-def tokenizer(tiny_base):
-    return AutoTokenizer.from_pretrained(tiny_base)
-
-
 def changed(tokenizer, folder, change):
     """The tokenizer after an edit of its tokenizer.json."""
     tokenizer.save_pretrained(folder)

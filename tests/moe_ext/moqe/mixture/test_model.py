@@ -1,9 +1,9 @@
 import pytest
 import torch
 from moqe_testing import quantize_to
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from tiny_models import tiny_folder
+from transformers import AutoModelForCausalLM
 
-from moe_common.models.base_model import load_base_model
 from moe_ext.moqe.experts.expert import load_expert
 from moe_ext.moqe.mixture.expert_set import ExpertSet
 from moe_ext.moqe.mixture.model import MoQEModel
@@ -47,19 +47,9 @@ def test_experts_of_one_model_share_its_embedding(mixture):
 
 
 @torch.no_grad()
-def test_experts_of_other_widths_keep_their_embeddings(expert_folders, tiny_base, tmp_path, tokens):
-    _, tokenizer = load_base_model(tiny_base)
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        vocab_size=len(tokenizer) + 32,  # padded: cut to the real tokens
-        eos_token_id=0,
-    )
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "narrow")
-    tokenizer.save_pretrained(tmp_path / "narrow")
+def test_experts_of_other_widths_keep_their_embeddings(expert_folders, tokenizer, tmp_path, tokens):
+    padded = len(tokenizer) + 32  # cut to the real tokens
+    tiny_folder(tmp_path / "narrow", seed=1, hidden_size=16, num_hidden_layers=1, vocab_size=padded)
     model = MoQEModel.from_experts([expert_folders[0], tmp_path / "narrow"])
     assert not model.expert_set.shares_embedding
     first, second = (expert.model(tokens).logits for expert in model.expert_set.experts)

@@ -1,17 +1,14 @@
 import pytest
 from accelerate import init_empty_weights
 from accelerate.utils import compute_module_sizes
-from transformers import AutoModelForCausalLM, LlamaConfig
+from tiny_models import tiny_model
 
 from moe_ext.moqe.mixture.placement import plan_placement
 
 
 def model_of(num_layers):
-    config = LlamaConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=num_layers, num_attention_heads=4, vocab_size=100
-    )
     with init_empty_weights():
-        return AutoModelForCausalLM.from_config(config)
+        return tiny_model(hidden_size=64, intermediate_size=128, num_hidden_layers=num_layers)
 
 
 SMALL, LARGE = model_of(1), model_of(8)

@@ -1,18 +1,11 @@
 import json
 
 import pyarrow as pa
-import pytest
 import torch
 from pyarrow.parquet import write_table
-from transformers import AutoTokenizer
 
 from moe_ext.moqe.training.documents import read_documents
 from moe_ext.moqe.training.rows import collate_rows, to_rows
-
-
-@pytest.fixture
-def tokenizer(tiny_base):
-    return AutoTokenizer.from_pretrained(tiny_base)
 
 
 def test_parquet_jsonl_and_text_are_read_and_what_cannot_be_is_counted(tmp_path):

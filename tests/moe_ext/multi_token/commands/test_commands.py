@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from tiny_models import tiny_folder
 
 from moe_common.models.base_model import load_base_model
 from moe_ext.multi_token.__main__ import COMMANDS, main
@@ -137,14 +137,7 @@ def test_the_bench_measures_all_ways_and_finds_the_same_text(trained, tmp_path, 
 
 
 def test_a_gpt2_backbone_in_a_folder_is_trained_beside_and_measured(questions, tmp_path):
-    _, tokenizer = load_base_model()
-    ids = {"bos_token_id": 0, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    torch.manual_seed(0)
-    backbone = GPT2LMHeadModel(
-        GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=128, **ids)
-    )
-    backbone.save_pretrained(tmp_path / "gpt2")
-    tokenizer.save_pretrained(tmp_path / "gpt2")
+    tiny_folder(tmp_path / "gpt2", "gpt2", bos_token_id=0)
     words = command_line(questions, tmp_path / "run", model=tmp_path / "gpt2", self_distill=True, prompt_length=24)
     assert main([*words, "--draft_vocabulary=64"]) == 0
     out = tmp_path / "bench.json"

@@ -1,7 +1,8 @@
 import pytest
 import torch
 from multi_token_testing import END, FAMILIES, VOCABULARY, make_backbone, make_model, oracle_loop
-from transformers import Cache, LogitsProcessor, LogitsProcessorList, MambaConfig, MambaForCausalLM
+from tiny_models import tiny_model
+from transformers import Cache, LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
 from moe_ext.multi_token.decoding.generation import DecodingLoop, costs_of, generate
@@ -370,8 +371,7 @@ def test_a_static_cache_is_refused():
 
 
 def test_a_state_that_runs_through_the_text_is_refused():
-    config = MambaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, state_size=4)
-    model = MultiTokenMoE(MambaForCausalLM(config).eval(), MultiTokenConfig())
+    model = MultiTokenMoE(tiny_model("MambaConfig", vocab_size=VOCABULARY), MultiTokenConfig())
     with pytest.raises(ValueError, match="cache"):
         generate(model, **whole_mask(prompts(1)), max_new_tokens=4, do_sample=False, plan=FixedPlan(1))
 

@@ -1,10 +1,8 @@
 import json
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_models import tiny_folder
 
-from moe_common.models.base_model import load_base_model
 from moe_ext.multi_token.__main__ import main
 from moe_ext.multi_token.decoding.generation import generate
 from moe_ext.multi_token.decoding.planning import FixedPlan
@@ -16,21 +14,8 @@ pytest.importorskip("bitsandbytes")
 @pytest.fixture(scope="module")
 def backbone_folder(tmp_path_factory):
     """A random backbone whose layers read multiples of 64 numbers, as 4 bits on a CPU need."""
-    folder = tmp_path_factory.mktemp("backbone")
-    _, tokenizer = load_base_model()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4}
+    return tiny_folder(tmp_path_factory.mktemp("backbone"), **sizes)
 
 
 @pytest.mark.parametrize("quant", ["4bit", "8bit"])

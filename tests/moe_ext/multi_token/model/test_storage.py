@@ -11,11 +11,6 @@ from moe_ext.multi_token.model.mixture import MultiTokenConfig, MultiTokenMoE
 from moe_ext.multi_token.model.storage import Meta, load, onto, read_config, read_meta, save
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_base_model()[1]
-
-
 def saved(model, tokenizer, folder):
     meta = Meta(stage="s2", backbone=BaseIdentity.of(model.backbone, "tiny"), options={"data": "prose"})
     save(model, tokenizer, meta, folder)

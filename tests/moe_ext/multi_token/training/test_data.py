@@ -2,7 +2,6 @@ import json
 
 import pytest
 
-from moe_common.models.base_model import load_base_model
 from moe_common.text.packing import IGNORED_LABEL
 from moe_ext.multi_token.training.data import (
     Pair,
@@ -14,11 +13,6 @@ from moe_ext.multi_token.training.data import (
     to_prompts,
     to_rows,
 )
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_base_model()[1]
 
 
 def write(path, *lines):

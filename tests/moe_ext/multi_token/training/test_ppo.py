@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 from multi_token_testing import make_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_models import tiny_model
 
 from moe_ext.multi_token.model.mixture import MultiTokenConfig, MultiTokenMoE
 from moe_ext.multi_token.training.data import Task
@@ -14,21 +14,18 @@ CLASSES = 6
 END = 1
 
 
-def tiny_model(num_heads: int = 2, **settings) -> MultiTokenMoE:
-    torch.manual_seed(0)
-    config = LlamaConfig(
+def tiny_heads(num_heads: int = 2, **settings) -> MultiTokenMoE:
+    backbone = tiny_model(
         vocab_size=CLASSES,
         hidden_size=16,
         intermediate_size=16,
         num_hidden_layers=1,
         num_attention_heads=2,
-        num_key_value_heads=2,
         eos_token_id=END,
         bos_token_id=0,
         pad_token_id=None,
         initializer_range=0.5,
     )
-    backbone = LlamaForCausalLM(config).eval()
     return MultiTokenMoE(backbone, MultiTokenConfig(num_heads=num_heads, **settings))
 
 
@@ -52,7 +49,7 @@ def one_task(model) -> Task:
 @pytest.mark.timeout(120)
 def test_the_best_policy_of_a_known_problem_is_found(tmp_path):
     """One question; its answer takes one pass when both heads speak, say the right token, and end the text."""
-    model = tiny_model()
+    model = tiny_heads()
     task = one_task(model)
     settings = PPOSettings(steps=120, episodes=16, lr=1e-2, w_kl=0.0, longest=6, save_steps=1000)
     before = play(model, task, settings, greedy=True)
@@ -66,13 +63,13 @@ def test_the_best_policy_of_a_known_problem_is_found(tmp_path):
 def test_a_large_weight_on_the_divergence_keeps_the_policy_of_stage_2(tmp_path):
     moved = {}
     for weight in (0.0, 100.0):
-        model = tiny_model()
+        model = tiny_heads()
         task = one_task(model)
         settings = PPOSettings(steps=8, episodes=6, lr=1e-3, w_kl=weight, longest=6, save_steps=1000)
         start = {name: value.clone() for name, value in model.state_dict().items()}
         train_ppo(model, [task], settings, tmp_path / str(weight))
         windows = play(model, task, settings).windows
-        then = tiny_model()
+        then = tiny_heads()
         then.load_state_dict(start)
         moved[weight] = float(divergence(judge(model, windows), judge(then, windows)).mean())
     assert moved[100.0] < 0.2 * moved[0.0]
@@ -80,12 +77,12 @@ def test_a_large_weight_on_the_divergence_keeps_the_policy_of_stage_2(tmp_path):
 
 def test_a_broken_run_ends_with_the_numbers_of_a_whole_one(tmp_path):
     settings = {"episodes": 4, "lr": 1e-3, "longest": 6, "save_steps": 3}
-    whole = tiny_model()
+    whole = tiny_heads()
     task = one_task(whole)
     train_ppo(whole, [task], PPOSettings(steps=6, **settings), tmp_path / "whole")
-    broken = tiny_model()
+    broken = tiny_heads()
     train_ppo(broken, [task], PPOSettings(steps=4, **settings), tmp_path / "broken")
-    again = tiny_model()
+    again = tiny_heads()
     train_ppo(again, [task], PPOSettings(steps=6, **settings), tmp_path / "broken")
     for name, value in whole.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
@@ -136,7 +133,7 @@ def test_a_policy_does_not_diverge_from_itself_and_does_from_another():
 
 
 def make_tiny_policy(seed: int = 1, **settings) -> MultiTokenMoE:
-    model = tiny_model(**settings)
+    model = tiny_heads(**settings)
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from moe_families import tiny_moe
+from tiny_models import tiny_model
 
 from moe_ext.router_study import MoEModelWrapper
 from moe_ext.router_study.analysis.causal import (
@@ -24,7 +24,7 @@ LOGITS = torch.tensor([[5.0, 4.0, 1.0, 2.0], [0.5, 4.0, 3.0, 0.0]])
 
 @pytest.fixture
 def wrapper():
-    model = tiny_moe("olmoe")
+    model = tiny_model("olmoe")
     with torch.no_grad():
         for layer in model.model.layers:
             layer.mlp.experts.down_proj.mul_(50)  # so that an expert matters
@@ -68,7 +68,7 @@ def test_an_expert_that_is_taken_away_is_one_whose_output_is_zero(wrapper, text)
 
 
 def test_an_expert_that_nobody_chooses_changes_nothing(text):
-    model = tiny_moe("olmoe", num_experts_per_tok=1)
+    model = tiny_model("olmoe", num_experts_per_tok=1)
     with torch.no_grad():  # scores s, -s, 2 s and s / 2: the last is never the largest
         weight = model.model.layers[0].mlp.gate.weight
         weight[1:] = torch.tensor([-1.0, 2.0, 0.5])[:, None] * weight[0]

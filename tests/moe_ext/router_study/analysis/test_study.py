@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from moe_families import tiny_moe
-from study_testing import activations_of, lora_mixture
+from study_testing import activations_of
+from tiny_models import lora_mixture, tiny_model
 
 from moe_ext.router_study import MoEModelWrapper
 from moe_ext.router_study.analysis.measure import drawn_parts, interval
@@ -21,7 +21,7 @@ def text(num_ids=64):
 
 
 def test_every_family_can_be_studied_whole(family):
-    study = run_study(MoEModelWrapper(tiny_moe(family)), text(), replicates=3, least_seen=1)
+    study = run_study(MoEModelWrapper(tiny_model(family)), text(), replicates=3, least_seen=1)
     assert study.weights.left_out == []
     assert {found.name for found in study.weights.compared} >= {"weights.cosine", "experts.agreement"}
 

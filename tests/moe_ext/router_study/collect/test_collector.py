@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from moe_families import tiny_moe
 from safetensors.torch import load_file
+from tiny_models import tiny_model
 
 from moe_ext.router_study import ActivationCollector, MoEModelWrapper
 from moe_ext.router_study.collect.collector import forget
@@ -20,7 +20,7 @@ def rows_of(num_rows, num_tokens=16, *, seed=0):
 
 @pytest.fixture
 def wrapper():
-    return MoEModelWrapper(tiny_moe("olmoe"))
+    return MoEModelWrapper(tiny_model("olmoe"))
 
 
 @pytest.fixture

@@ -6,12 +6,13 @@ import sys
 
 import pyarrow.parquet
 import pytest
-from study_testing import dense_model, lora_mixture
+from tiny_models import lora_mixture, tiny_folder
+from transformers import AutoModelForCausalLM
 
 pytest.importorskip("plotly", reason="needs the extra 'study'")
 pytest.importorskip("matplotlib", reason="needs the extra 'study'")
 
-from moe_common.models.base_model import COMMITTED_FOLDER, load_base_model
+from moe_common.models.base_model import COMMITTED_FOLDER
 from moe_common.runs.commands import STOPPED
 from moe_ext.router_study.__main__ import COMMANDS, main
 
@@ -140,13 +141,8 @@ def test_overhead_is_a_ratio_of_both_times(capsys, tiny_folder):
 
 
 def test_a_lora_mixture_is_studied_from_its_folder(say, undrawn, tmp_path):
-    base, tokenizer = dense_model(), load_base_model()[1]
-    base.resize_token_embeddings(len(tokenizer))
-    base.save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    model = lora_mixture(base=base)
-    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
-    model.save_pretrained(tmp_path / "mixture")
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder(tmp_path / "base", num_hidden_layers=3))
+    lora_mixture(base).save_pretrained(tmp_path / "mixture")
     code, told, error = say("run", model="mixture", out="study", replicates=5)
     assert code == 0, error
     study = json.loads((tmp_path / "study/study.json").read_text())

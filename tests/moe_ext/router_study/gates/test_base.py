@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from moe_families import tiny_moe
-from study_testing import dense_model, lora_mixture
+from tiny_models import lora_mixture, tiny_model
 
 from moe_ext.router_study.collect.wrapper import MoEModelWrapper
 from moe_ext.router_study.gates.find import find_gates
@@ -14,7 +13,7 @@ ALL = torch.ones(2, 12, dtype=torch.bool)
 
 
 def test_the_routing_of_a_family_is_what_its_routers_returned(family):
-    model = tiny_moe(family)
+    model = tiny_model(family)
     wrapper = MoEModelWrapper(model)
     logits, routing = wrapper.run(IDS, ALL)
     recorded = model.model(IDS, output_router_logits=True).router_logits
@@ -26,13 +25,13 @@ def test_the_routing_of_a_family_is_what_its_routers_returned(family):
 
 
 def test_choices_come_in_the_order_of_their_weights(family):
-    _, routing = MoEModelWrapper(tiny_moe(family)).run(IDS, ALL)
+    _, routing = MoEModelWrapper(tiny_model(family)).run(IDS, ALL)
     chosen = routing.probabilities_LTE.gather(-1, routing.chosen_LTK)
     assert bool((chosen[..., :-1] >= chosen[..., 1:]).all())
 
 
 def test_listening_leaves_no_hook_behind_even_when_a_pass_fails(family):
-    model = tiny_moe(family)
+    model = tiny_model(family)
     gates = find_gates(model)
     with pytest.raises(IndexError), gates.listening():
         model(torch.tensor([[10_000]]))
@@ -40,7 +39,7 @@ def test_listening_leaves_no_hook_behind_even_when_a_pass_fails(family):
 
 
 def test_a_gate_overruled_by_its_own_weights_changes_nothing_and_by_zeros_takes_the_experts_away(family):
-    model = tiny_moe(family)
+    model = tiny_model(family)
     gates, before = find_gates(model), model(IDS).logits
     with gates.overruled(0, lambda weights, logits: weights):
         torch.testing.assert_close(model(IDS).logits, before)
@@ -53,11 +52,11 @@ def test_a_gate_overruled_by_its_own_weights_changes_nothing_and_by_zeros_takes_
 
 
 def test_some_layers_can_be_studied_alone():
-    whole, second = (MoEModelWrapper(tiny_moe("olmoe"), layers=layers) for layers in (None, [1]))
+    whole, second = (MoEModelWrapper(tiny_model("olmoe"), layers=layers) for layers in (None, [1]))
     assert second.gates.labels == ["1"]
     torch.testing.assert_close(second.run(IDS, ALL)[1].logits_LTE, whole.run(IDS, ALL)[1].logits_LTE[1:])
     with pytest.raises(ValueError, match="no layer 2: the model has 2 layers with a router, 0 to 1"):
-        MoEModelWrapper(tiny_moe("olmoe"), layers=[2])
+        MoEModelWrapper(tiny_model("olmoe"), layers=[2])
 
 
 @pytest.mark.parametrize("scope", ["layer", "block", "model", "two_pass"])
@@ -108,7 +107,7 @@ def test_a_lora_gate_overruled_by_zeros_is_the_layer_without_its_experts():
 
 
 def test_deciding_anew_of_the_same_scores_gives_the_same_choice():
-    for wrapper in (MoEModelWrapper(tiny_moe("mixtral")), MoEModelWrapper(lora_mixture())):
+    for wrapper in (MoEModelWrapper(tiny_model("mixtral")), MoEModelWrapper(lora_mixture())):
         _, routing = wrapper.run(IDS, ALL)
         again = wrapper.gates.decide(routing.logits_LTE)
         assert torch.equal(again.chosen_LTK, routing.chosen_LTK)
@@ -117,11 +116,11 @@ def test_deciding_anew_of_the_same_scores_gives_the_same_choice():
 
 def test_a_dense_model_is_refused_and_says_what_was_looked_for():
     with pytest.raises(ValueError, match="LlamaForCausalLM is a dense model: its class records no router logits"):
-        MoEModelWrapper(dense_model())
+        MoEModelWrapper(tiny_model(num_hidden_layers=3))
 
 
 def test_a_pass_that_asks_no_gate_is_an_error():
-    wrapper = MoEModelWrapper(tiny_moe("olmoe"))
+    wrapper = MoEModelWrapper(tiny_model("olmoe"))
     with wrapper.gates.listening() as heard:
         pass
     with pytest.raises(RuntimeError, match="model.layers.0.mlp.gate decided nothing"):

@@ -4,8 +4,7 @@ import math
 
 import pytest
 import torch
-from moe_families import tiny_moe
-from study_testing import lora_mixture
+from tiny_models import lora_mixture, tiny_model
 
 from moe_ext.router_study import ExpertAnalyzer, MoEModelWrapper, RouterAnalyzer
 from moe_ext.router_study.analysis.experts import experts_of
@@ -56,14 +55,14 @@ def test_principal_angles_of_known_subspaces_are_their_angles():
 
 
 def test_random_subspaces_are_as_far_apart_as_random_ones_in_the_study():
-    wrapper = MoEModelWrapper(tiny_moe("olmoe"))
+    wrapper = MoEModelWrapper(tiny_model("olmoe"))
     found = RouterAnalyzer(wrapper).analyze_router_subspaces()
     assert found["angles"].shape == (1, 4)
     torch.testing.assert_close(found["angles"].mean(dim=0), found["random"], rtol=0, atol=0.25)
 
 
 def test_equal_routers_have_no_angle_between_them_and_equal_rows_are_seen():
-    model = tiny_moe("olmoe")
+    model = tiny_model("olmoe")
     with torch.no_grad():
         model.model.layers[1].mlp.gate.weight.copy_(model.model.layers[0].mlp.gate.weight)
     analyzer = RouterAnalyzer(MoEModelWrapper(model))
@@ -75,7 +74,7 @@ def test_equal_routers_have_no_angle_between_them_and_equal_rows_are_seen():
 
 
 def test_router_weights_come_by_name(family):
-    model = tiny_moe(family)
+    model = tiny_model(family)
     held = RouterAnalyzer(MoEModelWrapper(model)).extract_all_router_weights()
     for name, weight in held.items():
         assert torch.equal(weight, model.get_submodule(name).weight.float())
@@ -95,7 +94,7 @@ def test_alignment_is_one_for_random_directions_and_largest_for_the_only_one_tha
 
 
 def test_alignment_of_a_model_is_that_of_a_loop(family):
-    model = tiny_moe(family)
+    model = tiny_model(family)
     wrapper = MoEModelWrapper(model)
     found = ExpertAnalyzer(wrapper).analyze_expert_router_alignment()
     layer = wrapper.gates.layers[0]
@@ -108,7 +107,7 @@ def test_alignment_of_a_model_is_that_of_a_loop(family):
 
 
 def test_the_output_norms_are_those_of_each_expert_alone(family):
-    wrapper = MoEModelWrapper(tiny_moe(family))
+    wrapper = MoEModelWrapper(tiny_model(family))
     layer, hidden = wrapper.gates.layers[0], torch.randn(6, 32)
     found = experts_of(wrapper.gates, 0).output_norms(hidden)
     up, down = layer.experts.gate_up_proj.detach(), layer.experts.down_proj.detach()
@@ -154,7 +153,7 @@ def test_lora_experts_are_compared_by_the_update_that_they_make():
 
 
 def test_a_whole_comparison_of_experts_has_chance_and_control(family):
-    analyzer = ExpertAnalyzer(MoEModelWrapper(tiny_moe(family)))
+    analyzer = ExpertAnalyzer(MoEModelWrapper(tiny_model(family)))
     ids = torch.arange(3, 35).view(2, 16)
     found = {one.name: one for one in analyzer.compare(ids, torch.ones_like(ids, dtype=torch.bool))}
     assert found["experts.alignment"].mean == pytest.approx(1, abs=0.3)

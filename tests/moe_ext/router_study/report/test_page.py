@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 import torch
-from moe_families import tiny_moe
+from tiny_models import tiny_model
 
 pytest.importorskip("plotly", reason="needs the extra 'study'")
 
@@ -77,7 +77,7 @@ def study():
     rows = {
         name: TokenRows(ids[place:], torch.ones_like(ids[place:], dtype=torch.bool)) for place, name in enumerate("ab")
     }
-    return run_study(MoEModelWrapper(tiny_moe("olmoe")), rows, replicates=5, least_seen=1)
+    return run_study(MoEModelWrapper(tiny_model("olmoe")), rows, replicates=5, least_seen=1)
 
 
 class Letters:

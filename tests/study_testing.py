@@ -1,10 +1,8 @@
-"""Routing made by hand, a mixture that routes as it is told to, and tiny models with a tokenizer."""
+"""Routing made by hand, and gates that route as they are told to."""
 
 from contextlib import contextmanager
 
 import torch
-from peft import MoELoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from moe_ext.router_study.collect.collector import Activations
 from moe_ext.router_study.collect.counts import Counts
@@ -71,29 +69,3 @@ def sure_of(chosen_DLRSK: torch.Tensor, num_experts: int) -> torch.Tensor:
     ranks = torch.arange(chosen_DLRSK.shape[-1], 0, -1, dtype=torch.float32) * 1e-3 + SURE
     scores = torch.zeros(*chosen_DLRSK.shape[:-1], num_experts)
     return scores.scatter(-1, chosen_DLRSK, ranks.expand(chosen_DLRSK.shape))
-
-
-def dense_model():
-    """A tiny random Llama of three layers, in eval mode."""
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            max_position_embeddings=64,
-            pad_token_id=0,
-        )
-    ).eval()
-
-
-def lora_mixture(base=None, **changed):
-    """A routed LoRA mixture of four experts on it, two a token unless `changed`; its experts are not zero."""
-    settings = {"num_experts": 4, "top_k": 2, "r": 2, "target_modules": ["q_proj", "down_proj"], **changed}
-    torch.manual_seed(1)
-    model = get_peft_model(
-        base or dense_model(), MoELoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **settings)
-    )
-    return model.eval()

@@ -7,7 +7,7 @@ import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
-FORK_FOLDER = Path(__file__).resolve().parents[2] / "peft"
+FORK_FOLDER = Path(__file__).resolve().parents[1] / "peft"
 
 LINES = "".join(f"line {number}\n" for number in range(1, 31))
 FILES = {
@@ -145,3 +145,19 @@ class FakeFork:
         done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
+
+
+def write(fork: FakeFork, **texts: str) -> None:
+    """Write files of ours; in a name, two underscores stand for a slash."""
+    for name, text in texts.items():
+        path = fork.root / f"{name.replace('__', '/')}.{'py' if name.startswith('tests') else 'md'}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def bring(fork: FakeFork, patch: str, *patterns: str) -> None:
+    """Let a patch bring more of our files."""
+    series = fork.root / "series.toml"
+    series.write_text(
+        series.read_text().replace(f'patch = "{patch}"\n', f'patch = "{patch}"\nfiles = {list(patterns)}\n')
+    )
