@@ -36,12 +36,12 @@ def test_every_action_has_a_row_with_its_rounds():
 
 def test_a_missing_or_infinite_gradient_is_refused():
     layer = torch.nn.Linear(2, 3)
-    with pytest.raises(RuntimeError, match=r"2 trained parameters have no finite gradient, the first of shape \(3, 2"):
+    with pytest.raises(RuntimeError, match=r"\b2\b.*gradient.*\(3, 2"):
         check_gradients(layer)
     layer(torch.ones(1, 2)).sum().backward()
     check_gradients(layer)
     layer.bias.grad[0] = torch.inf
-    with pytest.raises(RuntimeError, match="1 trained parameters"):
+    with pytest.raises(RuntimeError, match=r"\b1\b.*gradient"):
         check_gradients(layer)
 
 
@@ -49,7 +49,7 @@ def test_logits_that_are_not_finite_or_of_another_shape_are_refused():
     ids = torch.zeros(1, 2, dtype=torch.long)
     check_logits(torch.zeros(1, 2, 5), ids, 5)
     for wrong in (torch.zeros(1, 3, 5), torch.full((1, 2, 5), torch.nan)):
-        with pytest.raises(RuntimeError, match=r"finite logits of shape \(1, 2, 5\)"):
+        with pytest.raises(RuntimeError, match=r"logits.*\(1, 2, 5\)"):
             check_logits(wrong, ids, 5)
 
 

@@ -129,17 +129,17 @@ def test_an_expert_with_the_name_of_a_module_owns_no_weight_of_the_base():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda experts: experts.create_expert("expert_0"), "'expert_0' is taken; this model holds"),
-        (lambda experts: experts.create_expert("a.b"), "No adapter can be called 'a.b'"),
-        (lambda experts: experts.create_expert(""), "No adapter can be called ''"),
-        (lambda experts: experts.create_expert("default"), "'default' is taken"),
-        (lambda experts: experts.create_expert(r=0), "r is 0, but must be at least 1"),
-        (lambda experts: experts.set_active_expert("expert_9"), "There is no expert 'expert_9'. Closest: 'expert_"),
-        (lambda experts: experts.set_active_expert(-1), "There is no expert number -1: the experts are 0 to 2"),
-        (lambda experts: experts.set_active_expert(True), "given by its name or its number, got True"),
-        (lambda experts: experts.freeze(["expert_0", "law"]), "There is no expert 'law'. The experts are expert_0"),
-        (lambda experts: experts.unfreeze("law"), "There is no expert 'law'"),
-        (lambda experts: experts.remove_expert("law"), "There is no expert 'law'"),
+        (lambda experts: experts.create_expert("expert_0"), "'expert_0'.*taken"),
+        (lambda experts: experts.create_expert("a.b"), r"adapter.*'a\.b'"),
+        (lambda experts: experts.create_expert(""), "adapter.*''"),
+        (lambda experts: experts.create_expert("default"), "'default'.*taken"),
+        (lambda experts: experts.create_expert(r=0), r"\br\b.*\b0\b.*\b1\b"),
+        (lambda experts: experts.set_active_expert("expert_9"), "'expert_9'.*'expert_"),
+        (lambda experts: experts.set_active_expert(-1), r"-1\b.*\b0 to 2\b"),
+        (lambda experts: experts.set_active_expert(True), "True"),
+        (lambda experts: experts.freeze(["expert_0", "law"]), "'law'.*expert_0"),
+        (lambda experts: experts.unfreeze("law"), "expert 'law'"),
+        (lambda experts: experts.remove_expert("law"), "expert 'law'"),
     ],
 )
 def test_a_bad_name_or_number_is_refused_and_changes_nothing(call, message):
@@ -153,5 +153,5 @@ def test_a_bad_name_or_number_is_refused_and_changes_nothing(call, message):
 
 def test_the_last_expert_cannot_be_removed():
     model = tiny_mixture(1)
-    with pytest.raises(ValueError, match="'expert_0' is the last expert"):
+    with pytest.raises(ValueError, match="'expert_0'.*last"):
         model.experts.remove_expert("expert_0")

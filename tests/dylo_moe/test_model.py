@@ -371,15 +371,15 @@ def test_saving_writes_no_weight_of_the_base(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_experts": 0}, "num_experts is 0, but must be at least 1"),
-        ({"lora_r": 0}, "lora_r is 0, but must be at least 1"),
-        ({"lora_dropout": 1.0}, "lora_dropout is 1.0, but must lie in"),
-        ({"top_k": 0}, "top_k is 0, but must be at least 1"),
-        ({"balance_coefficient": -1.0}, "balance_coef is -1.0, but must not be negative"),
-        ({"router_scope": "token"}, "scope is 'token', but must be one of"),
-        ({"router_temperature": 0.0}, "temperature is 0.0, but must be positive"),
+        ({"num_experts": 0}, r"num_experts.*\b0\b.*\b1\b"),
+        ({"lora_r": 0}, r"lora_r.*\b0\b.*\b1\b"),
+        ({"lora_dropout": 1.0}, "lora_dropout is 1.0"),
+        ({"top_k": 0}, r"top_k.*\b0\b.*\b1\b"),
+        ({"balance_coefficient": -1.0}, "balance_coef is -1.0"),
+        ({"router_scope": "token"}, "scope.*'token'"),
+        ({"router_temperature": 0.0}, "temperature is 0.0"),
         ({"num_experts": 2, "expert_names": ["a", "a"]}, "Each expert needs a name of its own"),
-        ({"num_experts": 2, "expert_names": ["a"]}, "num_experts is 2, but expert_names holds 1"),
+        ({"num_experts": 2, "expert_names": ["a"]}, r"num_experts.*\b2\b.*expert_names.*\b1\b"),
     ],
 )
 def test_a_bad_value_is_refused_before_a_model_is_loaded(arguments, message):
@@ -390,23 +390,23 @@ def test_a_bad_value_is_refused_before_a_model_is_loaded(arguments, message):
 def test_a_folder_that_is_not_there_is_named():
     with pytest.raises(FileNotFoundError, match="no/such/folder/anywhere"):
         DyLoRA_MoE("no/such/folder/anywhere")
-    with pytest.raises(FileNotFoundError, match="There is no folder no/such/folder/anywhere"):
+    with pytest.raises(FileNotFoundError, match="folder.*no/such/folder/anywhere"):
         DyLoRA_MoE.from_pretrained("no/such/folder/anywhere")
 
 
 def test_a_model_that_has_adapters_already_is_refused():
-    with pytest.raises(ValueError, match="model_name is a DyLoRA_MoE, but must be a name or a causal language model"):
+    with pytest.raises(ValueError, match="model_name.*DyLoRA_MoE"):
         DyLoRA_MoE(tiny_mixture())
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"expert_id": "expert_7"}, "There is no expert 'expert_7'. Closest: 'expert_"),
-        ({"expert_id": 3}, "There is no expert number 3: the experts are 0 to 2"),
-        ({"expert_id": [0]}, "expert_id names 1 experts, but the batch has 2 sequences"),
-        ({"expert_id": 0.5}, "An expert is given by its name or its number, got 0.5"),
-        ({"expert_id": 0, "routing_weights": torch.ones(3)}, "expert_id and routing_weights both say"),
+        ({"expert_id": "expert_7"}, "'expert_7'.*'expert_"),
+        ({"expert_id": 3}, r"\b3\b.*\b0 to 2\b"),
+        ({"expert_id": [0]}, r"expert_id.*\b1 experts.*\b2 sequences"),
+        ({"expert_id": 0.5}, r"\b0\.5"),
+        ({"expert_id": 0, "routing_weights": torch.ones(3)}, "expert_id.*routing_weights"),
     ],
 )
 def test_a_wrong_expert_id_is_refused(given, message):
@@ -417,7 +417,7 @@ def test_a_wrong_expert_id_is_refused(given, message):
 def test_expert_id_is_refused_while_one_expert_is_active_alone():
     model = tiny_mixture()
     model.experts.set_active_expert(1)
-    with pytest.raises(ValueError, match="'expert_1' is active alone, so expert_id cannot choose"):
+    with pytest.raises(ValueError, match="'expert_1'.*expert_id"):
         model(IDS, expert_id=0)
 
 
@@ -425,7 +425,7 @@ def test_a_base_with_other_measures_is_refused_and_both_are_named(base_folder, t
     DyLoRA_MoE(base_folder, 2, 4, 8).save_pretrained(tmp_path / "saved")
     other = tiny_model(num_hidden_layers=3)
     other.name_or_path = "owner/other"
-    with pytest.raises(ValueError, match=r"for the base '.*base', but .* 'owner/other': .* num_layers 2 against 3"):
+    with pytest.raises(ValueError, match=r"'.*base'.*'owner/other'.*num_layers.*\b2\b.*\b3\b"):
         DyLoRA_MoE.from_pretrained(tmp_path / "saved", other)
 
 
@@ -448,12 +448,12 @@ def test_a_base_without_a_name_must_be_given(tmp_path):
 
 
 def test_a_folder_without_settings_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"holds no dylora.json, so no DyLoRA-MoE was saved there"):
+    with pytest.raises(ValueError, match=r"dylora\.json"):
         DyLoRA_MoE.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [('{"format": 1, "ba', "is not JSON"), (json.dumps({"format": 9}), "has format 9")]
+    ("text", "message"), [('{"format": 1, "ba', "is not JSON"), (json.dumps({"format": 9}), "format 9")]
 )
 def test_damaged_settings_are_refused(tmp_path, text, message):
     tiny_mixture().save_pretrained(tmp_path)

@@ -80,7 +80,7 @@ def test_top_k_follows_the_number_of_experts_up_to_what_was_asked_for():
 def test_sites_are_the_blocks_in_order_and_one_that_is_none_is_refused():
     router = tiny_mixture().router
     assert router.sites == ["model.layers.0", "model.layers.1"]
-    with pytest.raises(ValueError, match="No gate looks at 'model.layers.7'. The router's sites are model.layers.0, "):
+    with pytest.raises(ValueError, match=r"'model\.layers\.7'.*model\.layers\.0, "):
         router.logits("model.layers.7", STATES)
 
 
@@ -94,13 +94,13 @@ def test_the_temperature_can_be_changed_and_is_saved(tmp_path):
     torch.testing.assert_close(after.log() - after.log()[..., :1], (before.log() - before.log()[..., :1]) / 4)
     model.save_pretrained(tmp_path)
     assert type(model).from_pretrained(tmp_path, tiny_model()).router.temperature == 4.0
-    with pytest.raises(ValueError, match="temperature is 0, but must be positive"):
+    with pytest.raises(ValueError, match=r"temperature.*\b0\b.*positive"):
         model.router.temperature = 0
 
 
 def test_a_mixture_that_selects_otherwise_is_refused():
     model = get_peft_model(tiny_model(), MoELoraConfig(num_experts=2, target_modules=["q_proj"], top_p=0.5))
-    with pytest.raises(ValueError, match="selects by 'top_p', but a DynamicHybridRouter needs 'hybrid' or 'top_k'"):
+    with pytest.raises(ValueError, match="'top_p'.*DynamicHybridRouter.*'hybrid'.*'top_k'"):
         DynamicHybridRouter(model, top_k=1)
 
 

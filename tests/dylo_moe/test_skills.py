@@ -129,7 +129,7 @@ def test_a_cut_off_tensor_file_is_refused(tmp_path, size):
     full_library().save(tmp_path)
     file = tmp_path / "skills.safetensors"
     file.write_bytes(file.read_bytes()[:size])
-    with pytest.raises(ValueError, match="skills.safetensors is damaged"):
+    with pytest.raises(ValueError, match=r"skills\.safetensors.*damaged"):
         SkillLibrary.load(tmp_path)
 
 
@@ -137,7 +137,7 @@ def test_a_cut_off_tensor_file_is_refused(tmp_path, size):
 def test_a_damaged_list_is_refused(tmp_path, text):
     full_library().save(tmp_path)
     (tmp_path / "skills.json").write_text(text)
-    with pytest.raises(ValueError, match="skills.json is damaged"):
+    with pytest.raises(ValueError, match=r"skills\.json.*damaged"):
         SkillLibrary.load(tmp_path)
 
 
@@ -145,13 +145,13 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path):
     full_library().save(tmp_path)
     listed = json.loads((tmp_path / "skills.json").read_text())
     (tmp_path / "skills.json").write_text(json.dumps({**listed, "skills": listed["skills"][:2]}))
-    with pytest.raises(ValueError, match="lists 2 skills, but skills.safetensors holds 3 embeddings"):
+    with pytest.raises(ValueError, match=r"\b2 skills.*skills\.safetensors.*\b3 embeddings"):
         SkillLibrary.load(tmp_path)
     (tmp_path / "skills.json").write_text(json.dumps({**listed, "format": 7}))
-    with pytest.raises(ValueError, match="has format 7, but this version reads format 1"):
+    with pytest.raises(ValueError, match=r"format 7\b.*format 1\b"):
         SkillLibrary.load(tmp_path)
     (tmp_path / "skills.json").unlink()
-    with pytest.raises(ValueError, match="holds skills.safetensors but no skills.json"):
+    with pytest.raises(ValueError, match=r"skills\.safetensors.*\bno\b.*skills\.json"):
         SkillLibrary.load(tmp_path)
 
 
@@ -159,21 +159,21 @@ def test_embeddings_of_unequal_width_are_refused(tmp_path):
     full_library().save(tmp_path)
     tensors = load_file(tmp_path / "skills.safetensors")
     save_file({**tensors, "embedding.1": torch.rand(5)}, tmp_path / "skills.safetensors")
-    with pytest.raises(ValueError, match="The embeddings are 5 wide, but the library's are 4"):
+    with pytest.raises(ValueError, match=r"\b5\b.*\b4\b"):
         SkillLibrary.load(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda library: library.add("rain", torch.rand(1, 4)), "cannot be named 'rain': the name is empty or taken"),
-        (lambda library: library.add("", torch.rand(1, 4)), "cannot be named ''"),
-        (lambda library: library.add("new", torch.rand(0, 4)), r"at least one block, got \[0, 4\]"),
-        (lambda library: library.add("new", torch.rand(4)), r"at least one block, got \[4\]"),
-        (lambda library: library.add("new", torch.rand(1, 5)), "5 wide, but the library's are 4"),
-        (lambda library: library.update("snow", torch.rand(1, 4)), "no skill 'snow'. The library holds sun, rain"),
-        (lambda library: library.remove("snow"), "no skill 'snow'"),
-        (lambda library: library.embedding("snow"), "no skill 'snow'"),
+        (lambda library: library.add("rain", torch.rand(1, 4)), "'rain'.*taken"),
+        (lambda library: library.add("", torch.rand(1, 4)), "named ''"),
+        (lambda library: library.add("new", torch.rand(0, 4)), r"block.*\[0, 4\]"),
+        (lambda library: library.add("new", torch.rand(4)), r"block.*\[4\]"),
+        (lambda library: library.add("new", torch.rand(1, 5)), r"\b5\b.*\b4\b"),
+        (lambda library: library.update("snow", torch.rand(1, 4)), "skill 'snow'.*sun, rain"),
+        (lambda library: library.remove("snow"), "skill 'snow'"),
+        (lambda library: library.embedding("snow"), "skill 'snow'"),
     ],
 )
 def test_what_does_not_fit_is_refused(call, message):

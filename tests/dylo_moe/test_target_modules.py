@@ -60,7 +60,7 @@ def test_only_gpt2_keeps_its_weights_transposed(family):
 
 def test_an_unknown_architecture_is_refused_and_its_layers_are_named():
     base = tiny_model("OPTConfig", ffn_dim=24)
-    with pytest.raises(ValueError, match=r"architecture 'opt' .*known are llama.*linear layers are .*fc1"):
+    with pytest.raises(ValueError, match="'opt'.*llama.*fc1"):
         DyLoRA_MoE(base)
 
 
@@ -74,5 +74,5 @@ def test_a_model_without_the_layers_of_its_type_is_refused():
     base = tiny("llama")
     for block in base.model.layers:
         block.mlp.gate_proj = None
-    with pytest.raises(ValueError, match="of type 'llama' has no layers gate_proj"):
+    with pytest.raises(ValueError, match="'llama'.*gate_proj"):
         find_target_modules(base)

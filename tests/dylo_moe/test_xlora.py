@@ -72,7 +72,7 @@ def test_its_experts_can_be_mixed_by_a_router_of_one_pass(tmp_path):
 
 
 def test_another_folder_and_adapters_that_changed_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="holds LORA, but must hold an X-LoRA"):
+    with pytest.raises(ValueError, match="LORA.*X-LoRA"):
         xlora_experts(adapters(tmp_path)["0"])
     with pytest.raises(ValueError, match="holds no adapter, but must"):
         load_xlora(tiny_model(), tmp_path)

@@ -63,29 +63,29 @@ def test_the_layers_are_numbered_as_the_model_numbers_them():
 
 def test_a_dense_model_is_refused():
     model = tiny_model()
-    with pytest.raises(ValueError, match="LlamaForCausalLM is a dense model.*no router logits"):
+    with pytest.raises(ValueError, match="LlamaForCausalLM.*dense"):
         moe_layers(model)
 
 
 def test_a_mixture_all_of_whose_layers_are_dense_is_refused():
-    with pytest.raises(ValueError, match="holds no router.*DeepseekV3TopkRouter.*all its layers are dense"):
+    with pytest.raises(ValueError, match="DeepseekV3TopkRouter.*dense"):
         moe_layers(tiny_model("deepseek_v3", first_k_dense_replace=2))
 
 
 def test_a_class_that_records_from_several_kinds_of_modules_is_refused():
     model = tiny_model("JetMoeConfig", num_attention_heads=None, kv_channels=8)
-    with pytest.raises(ValueError, match="records router logits from JetMoeAttention and JetMoeTopKGating"):
+    with pytest.raises(ValueError, match="JetMoeAttention.*JetMoeTopKGating"):
         moe_layers(model)
 
 
 def test_a_recorded_module_that_is_more_than_a_router_is_refused():
     model = tiny_model("DogeConfig", is_moe=True, num_experts=16)
-    with pytest.raises(ValueError, match="DogeCDMoE .*holds no parameters of its own and not one weight"):
+    with pytest.raises(ValueError, match="DogeCDMoE .*parameters"):
         moe_layers(model)
 
 
 def test_a_router_without_fused_experts_beside_it_is_refused():
     model = tiny_model("olmoe")
     model.model.layers[1].mlp.experts = nn.ModuleList([nn.Linear(32, 32) for _ in range(NUM_EXPERTS)])
-    with pytest.raises(ValueError, match=r"model.layers.1.mlp .*router of 4 experts, but no module.*ModuleList"):
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp .*\b4 experts.*ModuleList"):
         moe_layers(model)

@@ -140,18 +140,18 @@ def test_a_block_depends_on_its_number_alone():
 
 
 def test_shares_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="'math': -0.2.*none may be negative"):
+    with pytest.raises(ValueError, match=r"'math': -0\.2.*negative"):
         train_base.BaseTrainingConfig(run_folder="x", prose_share=0.7, code_share=0.5)
 
 
 def test_blocks_at_once_must_divide_a_step():
-    with pytest.raises(ValueError, match=r"blocks_at_once is 3 and does not divide blocks_per_step \(16\)"):
+    with pytest.raises(ValueError, match=r"blocks_at_once.*\b3\b.*blocks_per_step \(16\)"):
         train_base.BaseTrainingConfig(run_folder="x", blocks_at_once=3)
 
 
 @pytest.mark.parametrize("option", ["steps", "blocks_at_once", "warmup_steps", "log_every"])
 def test_a_count_of_zero_is_refused_before_anything_is_read(option):
-    with pytest.raises(ValueError, match=f"{option} is 0, but must be at least 1"):
+    with pytest.raises(ValueError, match=rf"{option}.*\b0\b.*\b1\b"):
         train_base.BaseTrainingConfig(run_folder="x", **{option: 0})
 
 

@@ -65,13 +65,13 @@ def test_spread_takes_blocks_from_beginning_to_end(source, tokenizer):
 
 
 def test_too_little_held_out_text_is_refused_and_counted(source, tokenizer):
-    with pytest.raises(ValueError, match=r"rain\S* has \d+ validation blocks of 16 tokens, but 500 are needed"):
+    with pytest.raises(ValueError, match=r"rain\S*.*\d+.*\b16\b.*\b500\b"):
         read_skill(source, tokenizer, num_visits=1, blocks_a_visit=1, **{**SIZES, "calibration_blocks": 500})
 
 
 def test_an_unknown_or_empty_skill_is_refused(tokenizer, tmp_path):
-    with pytest.raises(ValueError, match="Unknown dataset 'proze'. Closest: 'prose'"):
+    with pytest.raises(ValueError, match="'proze'.*'prose'"):
         read_skill("proze", tokenizer, num_visits=1, blocks_a_visit=1, **SIZES)
     (tmp_path / "none.txt").write_text("")
-    with pytest.raises(ValueError, match="none.txt is empty"):
+    with pytest.raises(ValueError, match=r"none\.txt.*empty"):
         read_skill(str(tmp_path / "none.txt"), tokenizer, num_visits=1, blocks_a_visit=1, **SIZES)

@@ -72,10 +72,10 @@ def test_without_a_seed_phase_it_only_consolidates():
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"seed_steps": -1}, "seed_steps is -1 and consolidate_steps 5"),
+        ({"seed_steps": -1}, "seed_steps.*-1.*consolidate_steps 5"),
         ({"seed_steps": 0, "consolidate_steps": 0, "warmup_steps": 0}, "together they must make at least one step"),
-        ({"warmup_steps": 11}, r"warmup_steps is 11, but must lie between 0 and seed_steps \(10\)"),
-        ({"ratio": 1.5}, "ratio is 1.5, but must lie in"),
+        ({"warmup_steps": 11}, r"warmup_steps.*\b11\b.*\b0\b.*seed_steps \(10\)"),
+        ({"ratio": 1.5}, r"ratio.*\b1\.5\b"),
     ],
 )
 def test_steps_that_do_not_fit_together_are_refused(changed, message):

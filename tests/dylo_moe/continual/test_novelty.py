@@ -69,23 +69,23 @@ def test_batches_are_of_blocks_that_lie_far_apart():
 
 
 def test_too_few_blocks_are_refused(detector):
-    with pytest.raises(ValueError, match="'rain' has 31 held-out blocks, but calibration needs 32"):
+    with pytest.raises(ValueError, match=r"'rain'.*\b31\b.*\b32\b"):
         detector.calibrate("rain", cloud(RAIN, 31, seed=0))
-    with pytest.raises(ValueError, match="7 blocks are too few to judge a text by; give at least 8"):
+    with pytest.raises(ValueError, match=r"\b7 blocks.*\b8\b"):
         detector.judge(cloud(RAIN, 7, seed=0))
-    with pytest.raises(ValueError, match="no skill 'snow'"):
+    with pytest.raises(ValueError, match="'snow'"):
         detector.calibrate("snow", cloud(RAIN, 32, seed=0))
 
 
 def test_a_skill_that_was_never_calibrated_is_refused(detector):
     detector.library.add("snow", cloud(BETWEEN, 8, seed=0))
-    with pytest.raises(ValueError, match="No threshold was calibrated for snow"):
+    with pytest.raises(ValueError, match=r"threshold.*\bsnow\b"):
         detector.judge(cloud(RAIN, 8, seed=0))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"quantile": 1.5}, "quantile is 1.5, but must lie in"), ({"margin": -1}, "margin is -1, but must not be neg")],
+    [({"quantile": 1.5}, r"quantile.*\b1\.5\b"), ({"margin": -1}, r"margin.*-1\b")],
 )
 def test_settings_out_of_range_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):

@@ -114,17 +114,17 @@ def test_what_is_kept_comes_back_from_disk_and_its_bytes_are_counted(tmp_path):
 
 
 def test_a_missing_or_damaged_file_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="replay.safetensors is missing or damaged"):
+    with pytest.raises(ValueError, match=r"replay\.safetensors.*damaged"):
         RouterReplay.load(tmp_path)
     (tmp_path / "replay.safetensors").write_bytes(b"123")
-    with pytest.raises(ValueError, match="replay.safetensors is missing or damaged"):
+    with pytest.raises(ValueError, match=r"replay\.safetensors.*damaged"):
         RouterReplay.load(tmp_path)
 
 
 def test_a_skill_without_blocks_or_without_its_expert_is_refused():
     model, replay = skilled()
-    with pytest.raises(ValueError, match=r"The replay of 'rain' needs blocks of tokens, got \[0, 8\]"):
+    with pytest.raises(ValueError, match=r"'rain'.*\[0, 8\]"):
         replay.keep("rain", tokens(0, 8))
     model.experts.remove_expert("expert_1")
-    with pytest.raises(ValueError, match="'skill 1' is learnt by 'expert_1', but the experts are expert_0, expert_2"):
+    with pytest.raises(ValueError, match="'skill 1'.*'expert_1'.*expert_0, expert_2"):
         refit_router(model, replay, weight_decay=1e-3)

@@ -249,7 +249,7 @@ def test_without_baselines_only_the_mixture_is_trained(tiny_base, sources, tmp_p
 
 def test_other_settings_in_the_same_folder_are_refused_and_named(finished, tiny_base, visits):
     output, _ = finished
-    with pytest.raises(ValueError, match=r"other settings: lora_r \(2 there, 3 asked for\). Choose another"):
+    with pytest.raises(ValueError, match=r"lora_r \(2\b.*\b3\b"):
         run(config_of(tiny_base, output, visits, lora_r=3))
 
 
@@ -257,25 +257,25 @@ def test_other_settings_in_the_same_folder_are_refused_and_named(finished, tiny_
     ("changed", "message"),
     [
         ({"continual": []}, "continual names no skill"),
-        ({"lora_r": 0}, "lora_r is 0, but must be at least 1"),
-        ({"top_k": 0}, "top_k is 0, but must be at least 1"),
+        ({"lora_r": 0}, r"lora_r.*\b0\b.*\b1\b"),
+        ({"top_k": 0}, r"top_k.*\b0\b.*\b1\b"),
         ({"train_batch_size": 0}, "train_batch_size is 0"),
         ({"replay_blocks": 0}, "replay_blocks is 0"),
         ({"eval_blocks": 0}, "eval_blocks is 0"),
-        ({"seed_steps": -1}, "seed_steps is -1, but must be at least 0"),
+        ({"seed_steps": -1}, r"seed_steps.*-1\b.*\b0\b"),
         ({"seed_steps": 0, "consolidate_steps": 0}, "both 0, so nothing would be learnt"),
         ({"first_adapted_block": -1}, "first_adapted_block is -1"),
         ({"max_seq_length": 1}, "max_seq_length is 1"),
-        ({"learning_rate": 0.0}, "learning_rate is 0.0, but must be positive"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0"),
         ({"sequential_learning_rate": -1.0}, "sequential_learning_rate is -1.0"),
         ({"joint_learning_rate": 0.0}, "joint_learning_rate is 0.0"),
-        ({"seed_steps": 3, "consolidate_steps": 0, "train_batch_size": 2}, "reads 6 blocks .* judged by 8"),
+        ({"seed_steps": 3, "consolidate_steps": 0, "train_batch_size": 2}, r"\b6 blocks.*\b8\b"),
         ({"consolidate_ratio": 0.0}, "consolidate_ratio is 0.0"),
         ({"lora_dropout": 1.0}, "lora_dropout is 1.0"),
         ({"novelty_margin": -0.1}, "novelty_margin is -0.1"),
         ({"router_weight_decay": -0.1}, "router_weight_decay is -0.1"),
-        ({"probe_blocks": 7}, "probe_blocks is 7, but must be at least 8"),
-        ({"calibration_blocks": 31}, "calibration_blocks is 31, but must be at least 32"),
+        ({"probe_blocks": 7}, r"probe_blocks.*\b7\b.*\b8\b"),
+        ({"calibration_blocks": 31}, r"calibration_blocks.*\b31\b.*\b32\b"),
     ],
 )
 def test_a_setting_out_of_range_is_refused(changed, message):
@@ -285,17 +285,17 @@ def test_a_setting_out_of_range_is_refused(changed, message):
 
 def test_an_output_folder_that_is_a_file_is_refused(tiny_base, sources, tmp_path):
     (tmp_path / "notes").write_text("mine")
-    with pytest.raises(ValueError, match="notes, which is a file. Name a folder with --output_dir"):
+    with pytest.raises(ValueError, match="notes.*file.*--output_dir"):
         run(config_of(tiny_base, tmp_path / "notes", [sources["rain"]]))
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"continual": ["proze"]}, "Unknown dataset 'proze'. Closest: 'prose'"),
-        ({"calibration_blocks": 5000}, "validation blocks of 16 tokens, but 5000 are needed"),
-        ({"first_adapted_block": 2}, "first_adapted_block is 2, but .* has the blocks 0 to 1"),
-        ({"model_name": "no-such-model"}, "Unknown model 'no-such-model'"),
+        ({"continual": ["proze"]}, "'proze'.*'prose'"),
+        ({"calibration_blocks": 5000}, r"validation.*\b16 tokens.*\b5000\b"),
+        ({"first_adapted_block": 2}, r"first_adapted_block.*\b2\b.*\b0 to 1\b"),
+        ({"model_name": "no-such-model"}, "'no-such-model'"),
     ],
 )
 def test_what_cannot_run_is_refused_before_anything_is_written(tiny_base, sources, tmp_path, changed, message):
@@ -307,6 +307,6 @@ def test_what_cannot_run_is_refused_before_anything_is_written(tiny_base, source
 
 def test_several_processes_are_refused_before_anything_is_written(monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="2 processes were started, but skills are learnt in one"):
+    with pytest.raises(ValueError, match=r"\b2 processes"):
         run(ContinualConfig(output_dir=str(tmp_path / "run"), model_name="no/such/folder/here"))
     assert not (tmp_path / "run").exists()

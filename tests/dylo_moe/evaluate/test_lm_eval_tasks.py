@@ -56,12 +56,12 @@ def test_a_task_of_ones_own_scores_what_a_plain_loop_does(task_folder):
 
 def test_an_unknown_task_is_refused(task_folder):
     pytest.importorskip("lm_eval")
-    with pytest.raises(ValueError, match="own_question is no task of lm-eval nor a task file in"):
+    with pytest.raises(ValueError, match="own_question.*lm-eval"):
         find_tasks(["own_question"], include_path=str(task_folder))
 
 
 def test_without_the_package_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    with pytest.raises(ModuleNotFoundError, match=r"lm-eval, of which the package .* is not installed.*\.\[eval\]"):
+    with pytest.raises(ModuleNotFoundError, match=r"lm-eval.*\.\[eval\]"):
         find_tasks(["any"], include_path=None)

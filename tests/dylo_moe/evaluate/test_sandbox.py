@@ -26,7 +26,7 @@ def test_one_that_takes_too_long_is_killed_with_what_it_started(tmp_path):
     child = f"import time; time.sleep(3); open({str(trace)!r}, 'w')"
     program = f"import subprocess, sys, time\nsubprocess.Popen([sys.executable, '-c', {child!r}])\ntime.sleep(60)"
     start = time.monotonic()
-    with pytest.raises(TimedOut, match="killed after 1.5 s"):
+    with pytest.raises(TimedOut, match=r"killed.*\b1\.5 s"):
         run_untrusted(program, seconds=1.5)
     assert time.monotonic() - start < 10
     time.sleep(3)

@@ -51,7 +51,7 @@ def kept(**options) -> tuple[int, int]:
 def test_top_k_experts_are_weighed_in_training_too_unless_it_is_dense():
     assert kept(top_k=1, router_scope="model") == (1, 1)
     assert kept(top_k=1, router_scope="model", dense_training=True) == (4, 1)
-    with pytest.raises(ValueError, match="dense_training is set, but top_k keeps all experts anyway"):
+    with pytest.raises(ValueError, match="dense_training.*top_k"):
         MixtureConfig(top_k=0, dense_training=True)
 
 
@@ -78,7 +78,7 @@ def test_every_linear_layer_is_adapted_also_of_an_architecture_that_is_not_known
     [
         ("num_experts", 0, "num_experts is 0"),
         ("lora_r", 0, "lora_r is 0"),
-        ("top_k", 5, r"top_k is 5, but must lie between 0 \(all\) and num_experts \(4\)"),
+        ("top_k", 5, r"top_k.*\b5\b.*\b0\b.*num_experts \(4\)"),
         ("lora_dropout", 1.0, "lora_dropout is 1.0"),
         ("balance_coefficient", -1.0, "balance_coefficient is -1.0"),
     ],

@@ -89,12 +89,12 @@ def test_what_is_too_long_is_counted_said_and_kept_if_asked(tiny_chats, tokenize
 
 
 def test_nothing_that_fits_is_refused_with_what_to_do(tiny_chats, tokenizer):
-    with pytest.raises(ValueError, match="40 documents were read, 40 were too long and left out.*--keep_truncated"):
+    with pytest.raises(ValueError, match=r"\b40\b.*\b40\b.*--keep_truncated"):
         read(tiny_chats, "train", tokenizer, max_seq_length=4)
 
 
 def test_less_text_than_one_row_is_refused(rain, tokenizer):
-    with pytest.raises(ValueError, match="gives no row of 5000 tokens in its split 'train'"):
+    with pytest.raises(ValueError, match=r"\b5000 tokens.*'train'"):
         read(rain, "train", tokenizer, max_seq_length=5000)
 
 

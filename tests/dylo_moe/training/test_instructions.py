@@ -107,17 +107,15 @@ def test_a_prompt_that_fills_the_row_leaves_nothing_to_learn_and_is_left_out_in_
 
 
 def test_an_answer_is_needed(tokenizer):
-    with pytest.raises(
-        ValueError, match="example 2 has no message of the role 'assistant'.*its roles are system, user"
-    ):
+    with pytest.raises(ValueError, match=r"example 2\b.*'assistant'.*system, user"):
         encode_examples([{"messages": CHAT}, {"messages": CHAT[:2]}], tokenizer, max_seq_length=99)
-    with pytest.raises(ValueError, match="^chats.jsonl, example 8 has no message of the role 'assistant'"):
+    with pytest.raises(ValueError, match=r"^chats\.jsonl.*example 8\b.*'assistant'"):
         encode_examples([{"messages": CHAT[:2]}], tokenizer, max_seq_length=99, where=["chats.jsonl, example 8"])
 
 
 def test_a_template_that_rewrites_what_it_wrote_is_refused(tokenizer):
     tokenizer.chat_template = FORGETFUL
-    with pytest.raises(ValueError, match="writes a conversation of 5 messages differently from its beginning"):
+    with pytest.raises(ValueError, match=r"\b5 messages"):
         encode_conversation(CHAT, tokenizer)
 
 

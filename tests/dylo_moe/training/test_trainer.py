@@ -59,7 +59,7 @@ def test_bf16_as_asked_wins_over_the_hardware(tmp_path, wanted):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU trains in float16")
 def test_fp16_is_refused_without_a_gpu_and_says_what_to_use():
-    with pytest.raises(ValueError, match="float16 trains on a GPU only and there is none. Use --bf16"):
+    with pytest.raises(ValueError, match="float16.*GPU.*--bf16"):
         TrainingConfig(fp16=True)
 
 
@@ -141,7 +141,7 @@ def test_accumulated_batches_are_one_large_batch(tmp_path):
 @pytest.mark.parametrize("name", training.TRACKERS)
 def test_a_tracker_that_is_not_installed_is_refused_with_the_extra(monkeypatch, name):
     monkeypatch.setattr(training, "is_installed", lambda package: package != name)
-    with pytest.raises(ValueError, match=rf"names {name}, which is not installed.*\[track\]"):
+    with pytest.raises(ValueError, match=rf"{name}.*\[track\]"):
         TrainingConfig(report_to=name)
 
 
@@ -257,12 +257,12 @@ def test_one_lora_trains_without_a_word_on_routing(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0, but must be at least 1"),
+        ({"gradient_accumulation_steps": 0}, r"gradient_accumulation_steps.*\b0\b.*\b1\b"),
         ({"eval_batch_size": 0}, "eval_batch_size is 0"),
         ({"early_stopping_patience": 0}, "early_stopping_patience is 0"),
         ({"weight_decay": -1}, "weight_decay is -1"),
         ({"label_smoothing": -0.1}, "label_smoothing is -0.1"),
-        ({"report_to": "paper"}, "report_to names 'paper'"),
+        ({"report_to": "paper"}, "report_to.*'paper'"),
         ({"num_epochs": -1}, "num_epochs is -1"),
     ],
 )

@@ -109,7 +109,7 @@ def test_a_folder_and_a_hub_name_pass_through(tmp_path):
 
 def test_smollm2_that_was_not_fetched_names_the_command(monkeypatch, tmp_path):
     monkeypatch.setenv("DYLO_MOE_CACHE", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="smollm2-135m is not in the cache .* make smollm2"):
+    with pytest.raises(FileNotFoundError, match="smollm2-135m.*make smollm2"):
         resolve_model_name("smollm2-135m")
 
 
@@ -122,12 +122,12 @@ def test_smollm2_that_was_fetched_is_found_in_the_cache(monkeypatch, tmp_path):
 
 
 def test_an_unknown_model_gives_the_closest_name():
-    with pytest.raises(ValueError, match="Unknown model 'smollm2'. Closest: 'smollm2-135m'. Give 'base'"):
+    with pytest.raises(ValueError, match="'smollm2'.*'smollm2-135m'.*'base'"):
         resolve_model_name("smollm2")
 
 
 def test_a_missing_folder_is_named():
-    with pytest.raises(FileNotFoundError, match="no model folder /nowhere/at/all"):
+    with pytest.raises(FileNotFoundError, match="folder.*/nowhere/at/all"):
         resolve_model_name("/nowhere/at/all")
 
 
@@ -141,5 +141,5 @@ def test_the_dtype_that_is_asked_for_is_the_one_that_comes():
 
 
 def test_a_hub_model_that_cannot_be_read_is_one_line():
-    with pytest.raises(ValueError, match=r"^The model 'owner/nowhere' could not be read: .* local folder\.$"):
+    with pytest.raises(ValueError, match=r"^The model 'owner/nowhere'.*folder\.$"):
         load_base_model("owner/nowhere")

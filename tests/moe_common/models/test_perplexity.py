@@ -121,5 +121,5 @@ def test_texts_are_packed_and_cut_to_the_first_blocks(model):
 
 def test_nothing_to_predict_is_refused(model):
     blocks = Dataset.from_list([{"input_ids": [5, 6], "attention_mask": [1, 1], "labels": [5, IGNORED_LABEL]}])
-    with pytest.raises(ValueError, match="The 1 blocks hold no token to predict"):
+    with pytest.raises(ValueError, match=r"\b1 blocks"):
         measure_blocks(model, blocks)

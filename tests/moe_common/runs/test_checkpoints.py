@@ -92,5 +92,5 @@ def test_another_base_is_refused_and_a_moved_one_is_not(tiny_base, tmp_path):
     check_base(tmp_path, BaseIdentity.of(base, "moved"))
     check_base(tmp_path / "without a note", BaseIdentity.of(base, "here"))
     other = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_base))
-    with pytest.raises(ValueError, match="trained for the base 'here', but the base found is 'other'"):
+    with pytest.raises(ValueError, match="'here'.*'other'"):
         check_base(tmp_path, BaseIdentity.of(other, "other"))

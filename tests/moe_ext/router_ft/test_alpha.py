@@ -87,7 +87,7 @@ def test_the_table_has_a_row_for_every_matrix_and_is_read_as_it_was_written(fami
 def test_an_expert_of_zeros_is_named(model_of):
     model = model_of("olmoe")
     model.model.layers[1].mlp.experts.down_proj.data[2] = 0
-    with pytest.raises(ValueError, match="model.layers.1.mlp.experts.2.down_proj has 0 eigenvalues"):
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.experts\.2\.down_proj.*\b0 eigenvalues"):
         alpha_table(model, find_matrices(model))
 
 
@@ -95,15 +95,15 @@ def test_a_matrix_without_a_tail_is_named_before_a_table_is_written(model_of):
     model = model_of("olmoe")
     down = model.model.layers[1].mlp.experts.down_proj.data
     down[2] = torch.eye(*down.shape[1:])
-    with pytest.raises(ValueError, match="experts.2.down_proj has no eigenvalue beyond 1,"):
+    with pytest.raises(ValueError, match=r"experts\.2\.down_proj.*eigenvalue beyond 1,"):
         alpha_table(model, find_matrices(model))
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("layer_name,alpha\nq,2\n", "has no column alpha_hill; its columns are layer_name, alpha"),
-        ("", "has no column alpha_hill and layer_name"),
+        ("layer_name,alpha\nq,2\n", "alpha_hill.*layer_name, alpha"),
+        ("", "alpha_hill and layer_name"),
         ("layer_name,alpha_hill\nq,two\n", "line 2 holds 'two'"),
         ("layer_name,alpha_hill\nq,inf\n", "line 2 holds 'inf'"),
         ("layer_name,alpha_hill\nq,0.5\n", "line 2 holds '0.5'"),

@@ -23,7 +23,7 @@ def test_blocks_are_chosen_by_seed_from_all_sources(tiny_sources, tokenizer):
 
 def test_too_little_text_is_refused_with_both_counts(tiny_sources, tokenizer):
     source = tiny_sources.split(",")[0]
-    with pytest.raises(ValueError, match=r"has \d+ blocks of 16 tokens in its split 'train', but 5000 are needed"):
+    with pytest.raises(ValueError, match=r"\d+ blocks.*\b16\b.*'train'.*\b5000\b"):
         text_blocks([source], "train", tokenizer, num_blocks=5000, block_size=16, seed=0)
 
 
@@ -31,7 +31,7 @@ def test_a_block_is_no_longer_than_the_context():
     assert block_length(CalibrationConfig(), 512) == 512
     assert block_length(CalibrationConfig(), 4096) == 2048
     assert block_length(CalibrationConfig(seqlen=100), 512) == 100
-    with pytest.raises(ValueError, match="seqlen is 1024, but the model's context has 512"):
+    with pytest.raises(ValueError, match=r"seqlen.*\b1024\b.*\b512\b"):
         block_length(CalibrationConfig(seqlen=1024), 512)
 
 

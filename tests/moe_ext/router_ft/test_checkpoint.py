@@ -123,13 +123,13 @@ def test_an_exported_file_is_read_without_running_anything(written, tmp_path):
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        (lambda folder: (folder / RECORD).unlink(), "has no router_ft.json"),
+        (lambda folder: (folder / RECORD).unlink(), r"\bno\b.*router_ft\.json"),
         (lambda folder: (folder / RECORD).write_text("{"), "is not JSON"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "lacks model.safetensors"),
+        (lambda folder: (folder / "model.safetensors").unlink(), r"lacks.*model\.safetensors"),
         (lambda folder: cut(folder / "model.safetensors"), "truncated or damaged"),
-        (lambda folder: drop(folder, "mlp.experts.1.up_proj.weight_scale"), "lacks the tensor .*weight_scale"),
-        (lambda folder: drop(folder, "model.norm.weight"), "1 missing keys, the first model.norm.weight"),
-        (lambda folder: drop(folder, "mlp.gate.weight"), "missing keys, the first model.layers.0.mlp.gate.weight"),
+        (lambda folder: drop(folder, "mlp.experts.1.up_proj.weight_scale"), "tensor.*weight_scale"),
+        (lambda folder: drop(folder, "model.norm.weight"), r"\b1 missing.*model\.norm\.weight"),
+        (lambda folder: drop(folder, "mlp.gate.weight"), r"missing.*model\.layers\.0\.mlp\.gate\.weight"),
     ],
 )
 def test_a_broken_checkpoint_is_refused(written, break_it, message):
@@ -162,7 +162,7 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(ValueError, match="cannot be read as a .pt of tensors"):
         load(tmp_path / "x.pt")
     torch.save({"model_state_dict": {}}, tmp_path / "y.pt")
-    with pytest.raises(ValueError, match="holds model_state_dict, but must hold config"):
+    with pytest.raises(ValueError, match="model_state_dict.*config"):
         load(tmp_path / "y.pt")
     with pytest.raises(FileNotFoundError, match="There is no checkpoint"):
         load(tmp_path / "z.pt")

@@ -33,7 +33,7 @@ def test_held_out_text_is_the_first_blocks_of_each_source(tiny_sources, tokenize
 
 
 def test_a_source_shorter_than_a_block_is_refused(tiny_sources, tokenizer):
-    with pytest.raises(ValueError, match="less than 5000 tokens in its split 'test'"):
+    with pytest.raises(ValueError, match=r"\b5000 tokens.*'test'"):
         HeldOut.read(tiny_sources.split(","), "test", tokenizer, block_size=5000)
 
 
@@ -61,5 +61,5 @@ def test_a_task_runs_from_a_local_folder(tmp_path, tiny_folder):
     )
     found = evaluate_tasks(*load_moe(tiny_folder), ["tiny_sums"], tasks_dir=tmp_path)
     assert 0 <= found["tiny_sums"]["acc"] <= 1
-    with pytest.raises(ValueError, match="There is no task tiny_products"):
+    with pytest.raises(ValueError, match="tiny_products"):
         evaluate_tasks(*load_moe(tiny_folder), ["tiny_products"], tasks_dir=tmp_path)

@@ -117,9 +117,9 @@ def test_a_checkpoint_of_other_options_or_of_another_model_is_refused(damaged, t
     monkeypatch.setattr(_Run, "_step", stop)
     with pytest.raises(KeyboardInterrupt):
         finetune_routers(student, some_blocks(), config, checkpoint=checkpoint)
-    with pytest.raises(ValueError, match="another finetuning: lr is 0.001 there, 0.002 here"):
+    with pytest.raises(ValueError, match=r"\blr\b.*\b0\.001\b.*\b0\.002\b"):
         finetune_routers(student, some_blocks(), FinetuneConfig(lr=2e-3), checkpoint=checkpoint)
-    with pytest.raises(ValueError, match="another finetuning: weights is"):
+    with pytest.raises(ValueError, match=r"\bweights\b"):
         finetune_routers(teacher, some_blocks(), config, checkpoint=checkpoint)
 
 
@@ -147,7 +147,7 @@ def test_small_steps_are_not_lost_in_a_bfloat16_model(damaged):
 
 
 def test_too_little_text_is_refused(damaged):
-    with pytest.raises(ValueError, match="There are 4 blocks of text, of which 1 are kept.*but 9 are needed"):
+    with pytest.raises(ValueError, match=r"\b4 blocks.*\b1\b.*\b9\b"):
         finetune_routers(damaged[0], some_blocks(4), FinetuneConfig(batch_size=8))
 
 

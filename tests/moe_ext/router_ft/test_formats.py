@@ -107,11 +107,11 @@ def test_the_scheme_of_a_checkpoint_is_plain_json():
 
 
 def test_an_unknown_format_is_named_with_the_known_ones():
-    with pytest.raises(ValueError, match="Unknown format 'INT5'. Give one of BF16, MXFP8, MXFP4, INT4, INT3, INT2"):
+    with pytest.raises(ValueError, match="'INT5'.*BF16, MXFP8, MXFP4, INT4, INT3, INT2"):
         check_format("INT5")
 
 
 @pytest.mark.parametrize("name", PACKED)
 def test_columns_that_make_no_groups_are_refused(name):
-    with pytest.raises(ValueError, match="48 columns are no multiple of 32"):
+    with pytest.raises(ValueError, match=r"\b48 columns.*\b32\b"):
         group_size(name, 48)

@@ -88,7 +88,7 @@ def test_every_router_gets_a_gradient(name, pair):
 
 
 def test_an_objective_without_its_teacher_is_refused(model_of):
-    with pytest.raises(ValueError, match="'kl' compares with the full-precision model"):
+    with pytest.raises(ValueError, match="'kl'.*full-precision"):
         make_objective("kl", model_of("olmoe"), None)
-    with pytest.raises(ValueError, match="objective is 'mse', but must be one of ce, kl, align, blocks"):
+    with pytest.raises(ValueError, match="objective.*'mse'.*ce, kl, align, blocks"):
         make_objective("mse", model_of("olmoe"), None)

@@ -32,11 +32,11 @@ def test_a_uniform_plan_leaves_what_every_token_passes(model_of):
 
 def test_a_plan_of_another_model_is_refused_with_the_first_matrix_that_differs(model_of, mixed_plan):
     plan = mixed_plan(model_of("olmoe"))
-    with pytest.raises(ValueError, match="no format for model.layers.0.block_sparse_moe.experts.0.w1"):
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.block_sparse_moe\.experts\.0\.w1"):
         plan.check_model(find_matrices(model_of("mixtral")))
-    with pytest.raises(ValueError, match="model.layers.0.mlp.experts.0.gate_proj as 32 x 32, but the model's is 64 x"):
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.experts\.0\.gate_proj.*\b32 x 32\b.*\b64 x"):
         plan.check_model(find_matrices(model_of("olmoe", intermediate_size=64)))
-    with pytest.raises(ValueError, match=r"gives a format to model.layers.1.\S+, which the model does not have"):
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.\S+, which"):
         plan.check_model(find_matrices(model_of("olmoe", num_hidden_layers=1)))
 
 
@@ -46,9 +46,9 @@ def test_a_plan_of_another_model_is_refused_with_the_first_matrix_that_differs(m
         ("{", "is not JSON"),
         ("[]", "holds no plan"),
         ('{"matrices": {}}', "holds no plan"),
-        ('{"matrices": {"q": {"format": "INT4"}}}', "Expected its format, rows and columns"),
-        ('{"matrices": {"q": {"format": "INT5", "rows": 32, "columns": 32}}}', "q: Unknown format 'INT5'"),
-        ('{"matrices": {"q": {"format": "MXFP4", "rows": 32, "columns": 40}}}', "q: MXFP4 shares.*40 columns"),
+        ('{"matrices": {"q": {"format": "INT4"}}}', "format, rows and columns"),
+        ('{"matrices": {"q": {"format": "INT5", "rows": 32, "columns": 32}}}', r"\bq\b.*\'INT5\'"),
+        ('{"matrices": {"q": {"format": "MXFP4", "rows": 32, "columns": 40}}}', r"\bq\b.*MXFP4.*\b40 columns"),
     ],
 )
 def test_a_file_that_is_no_plan_is_refused(tmp_path, content, message):

@@ -133,5 +133,5 @@ def test_the_batch_size_changes_nothing(model_of):
 
 def test_gptq_without_text_is_refused(model_of, mixed_plan):
     model = model_of("olmoe")
-    with pytest.raises(ValueError, match="GPTQ needs calibration text"):
+    with pytest.raises(ValueError, match="GPTQ.*text"):
         quantize_model(model, mixed_plan(model))

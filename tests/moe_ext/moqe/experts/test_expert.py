@@ -61,7 +61,7 @@ def test_a_gguf_of_an_unsupported_architecture_is_refused_with_those_that_are(tm
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ValueError, match="architecture 'rwkv9'.* read .*llama.*qwen3"):
+    with pytest.raises(ValueError, match="'rwkv9'.*llama.*qwen3"):
         load_expert(tmp_path / "strange.gguf")
     assert "general" not in supported_architectures()
 
@@ -71,7 +71,7 @@ def test_a_gguf_without_some_weights_is_refused(plain, tmp_path):
     state = {name: tensor for name, tensor in model.state_dict().items() if "layers.1.mlp" not in name}
     lacking = types.SimpleNamespace(config=model.config, state_dict=lambda: state, _tied_weights_keys=None)
     write_gguf(tmp_path / "lacking.gguf", lacking, tokenizer, "f16")
-    with pytest.raises(ValueError, match="lacks 3 weights, among them model.layers.1.mlp"):
+    with pytest.raises(ValueError, match=r"\b3 weights.*model\.layers\.1\.mlp"):
         load_expert(tmp_path / "lacking.gguf")
 
 
@@ -88,7 +88,7 @@ def test_a_folder_without_some_weights_is_refused(tiny_base, tmp_path):
     tensors = load_file(tiny_base / "model.safetensors")
     del tensors["model.layers.0.self_attn.q_proj.weight"]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"lacks 1 weights, among them model.layers.0.self_attn.q_proj.weight"):
+    with pytest.raises(ValueError, match=r"\b1 weights.*model\.layers\.0\.self_attn\.q_proj\.weight"):
         load_expert(tmp_path)
 
 

@@ -27,21 +27,21 @@ def test_two_tokens_that_changed_places_are_named(tokenizer, tmp_path):
         vocab[words[50]], vocab[words[51]] = 51, 50
 
     other = changed(tokenizer, tmp_path, swap)
-    with pytest.raises(ValueError, match=rf"first and second differ: token 50 is {words[50]!r} in the first and"):
+    with pytest.raises(ValueError, match=rf"token 50\b.*{words[50]!r}"):
         check_tokenizers(("first", tokenizer), ("second", other))
 
 
 def test_a_token_more_is_named(tokenizer, tiny_base):
     other = AutoTokenizer.from_pretrained(tiny_base)
     other.add_tokens(["<one more>"])
-    with pytest.raises(ValueError, match="'<one more>' in the second and not in the first"):
+    with pytest.raises(ValueError, match=r"'<one more>'.*second\b.*first\b"):
         check_tokenizers(("first", tokenizer), ("second", other))
 
 
 def test_another_end_of_text_is_named(tokenizer, tiny_base):
     other = AutoTokenizer.from_pretrained(tiny_base)
     other.eos_token = other.convert_ids_to_tokens(60)
-    with pytest.raises(ValueError, match="their eos_token is"):
+    with pytest.raises(ValueError, match="eos_token"):
         check_tokenizers(("first", tokenizer), ("second", other))
 
 

@@ -131,12 +131,12 @@ def test_what_was_saved_comes_back(mixture, tokens, tmp_path):
 
 def test_a_mixture_is_not_read_onto_other_experts(mixture, expert_folders, tmp_path):
     mixture.save_pretrained(tmp_path / "saved")
-    with pytest.raises(ValueError, match="for the experts int2, int3 and not for int2, int4"):
+    with pytest.raises(ValueError, match=r"int2, int3\b.*int2, int4\b"):
         MoQEModel.from_pretrained(tmp_path / "saved", [expert_folders[0], expert_folders[2]])
 
 
 def test_one_expert_is_no_mixture(expert_folders):
-    with pytest.raises(ValueError, match="at least two experts, but 1 was given"):
+    with pytest.raises(ValueError, match=r"\b1 was"):
         MoQEModel.from_experts(expert_folders[:1])
 
 

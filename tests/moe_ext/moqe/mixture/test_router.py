@@ -170,7 +170,7 @@ def test_the_default_router_is_far_smaller_than_one_percent_of_the_base():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 9}, "rank is 9, but must be a multiple of num_heads"),
+        ({"rank": 9}, r"rank.*\b9\b.*num_heads"),
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"noise": -1.0}, "noise is -1.0"),
         ({"prefix_length": 0}, "prefix_length is 0"),
@@ -182,5 +182,5 @@ def test_options_that_cannot_work_are_refused(options, message):
 
 
 def test_more_experts_than_there_are_cannot_be_kept():
-    with pytest.raises(ValueError, match="top_k is 4, but there are 3 experts"):
+    with pytest.raises(ValueError, match=r"top_k.*\b4\b.*\b3 experts"):
         Router(RouterConfig(top_k=4), input_size=6, num_experts=3)

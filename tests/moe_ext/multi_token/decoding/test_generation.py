@@ -347,20 +347,20 @@ def test_the_costs_are_measured_in_the_first_call_for_a_batch_size(monkeypatch):
 
 def test_beams_are_refused():
     model, given = make_model(), whole_mask(prompts(1))
-    with pytest.raises(ValueError, match="beam_search.*Leave out beams"):
+    with pytest.raises(ValueError, match="beam_search.*beams"):
         generate(model, **given, num_beams=2, max_new_tokens=4, plan=FixedPlan(1))
 
 
 def test_scores_are_refused():
     model, given = make_model(), whole_mask(prompts(1))
     settings = {"output_scores": True, "return_dict_in_generate": True, "do_sample": False}
-    with pytest.raises(ValueError, match="output_scores cannot be given"):
+    with pytest.raises(ValueError, match="output_scores"):
         generate(model, **given, max_new_tokens=4, plan=FixedPlan(1), **settings)
 
 
 def test_generation_without_a_cache_is_refused():
     model, given = make_model(), whole_mask(prompts(1))
-    with pytest.raises(ValueError, match="Set use_cache=True"):
+    with pytest.raises(ValueError, match="use_cache=True"):
         generate(model, **given, max_new_tokens=4, do_sample=False, use_cache=False, plan=FixedPlan(1))
 
 
@@ -379,13 +379,13 @@ def test_a_state_that_runs_through_the_text_is_refused():
 def test_a_sliding_window_is_refused_where_transformers_does_not_record_what_it_drops(monkeypatch):
     model, given = make_model("mistral, window of 8"), whole_mask(prompts(1))
     monkeypatch.delattr(Cache, "is_recording_past")
-    with pytest.raises(ValueError, match="cannot forget single tokens.*sliding windows need transformers 5.21"):
+    with pytest.raises(ValueError, match=r"windows.*transformers 5\.21"):
         generate(model, **given, max_new_tokens=4, do_sample=False, plan=FixedPlan(1))
 
 
 def test_unread_drafts_without_heads_are_refused():
     model, given = make_model(), whole_mask(prompts(1))
-    with pytest.raises(ValueError, match="mode is fast and sources is copies.*Add heads"):
+    with pytest.raises(ValueError, match="fast.*copies.*heads"):
         generate(model, **given, max_new_tokens=4, do_sample=False, mode="fast", sources=["copies"])
 
 

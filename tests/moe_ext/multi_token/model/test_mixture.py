@@ -157,20 +157,20 @@ def test_the_state_that_is_trained_on_is_the_one_that_is_drafted_from(family):
 def test_a_model_whose_lm_head_reads_something_else_is_refused():
     backbone = make_backbone()
     backbone.get_output_embeddings().register_forward_pre_hook(lambda layer, inputs: (2 * inputs[0],))
-    with pytest.raises(ValueError, match=r"reads \(1, 4, 32\) numbers that are not those its body returns"):
+    with pytest.raises(ValueError, match=r"\(1, 4, 32\)"):
         check_backbone(backbone)
 
 
 def test_a_model_without_a_decoder_and_an_lm_head_is_refused():
     config = T5Config(vocab_size=40, d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8)
-    with pytest.raises(ValueError, match="T5ForConditionalGeneration is not a decoder"):
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration.*decoder"):
         check_backbone(T5ForConditionalGeneration(config))
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"k_max": 4}, r"k_max is 4, but must lie between 1 and heads \(3\)"),
+        ({"k_max": 4}, r"k_max.*\b4\b.*\b1\b.*heads \(3\)"),
         ({"k_max": 0}, "k_max is 0"),
         ({"num_heads": 0}, "heads is 0"),
         ({"head_width": 0}, "head_width is 0"),

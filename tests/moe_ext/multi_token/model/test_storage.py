@@ -88,7 +88,7 @@ def test_a_pt_file_that_would_run_code_is_not_read(tmp_path, tokenizer):
     folder = saved(model, tokenizer, tmp_path / "s2")
     (folder / "heads.safetensors").unlink()
     torch.save(model, folder / "heads.pt")
-    with pytest.raises(ValueError, match="heads.pt cannot be read as plain tensors"):
+    with pytest.raises(ValueError, match=r"heads\.pt.*tensors"):
         read(model.backbone, folder)
 
 
@@ -101,7 +101,7 @@ def test_a_folder_is_not_written_over(tmp_path, tokenizer):
 @pytest.mark.parametrize("other", [{"family": "gpt2"}, {"seed": 7}])
 def test_another_backbone_is_refused(tmp_path, tokenizer, other):
     folder = saved(make_model(), tokenizer, tmp_path / "s2")
-    with pytest.raises(ValueError, match="was trained for the base 'tiny'"):
+    with pytest.raises(ValueError, match="base 'tiny'"):
         read(make_backbone(**other), folder)
 
 
@@ -109,7 +109,7 @@ def test_another_vocabulary_is_refused(tmp_path, tokenizer):
     folder = saved(make_model(), tokenizer, tmp_path / "s2")
     backbone = make_backbone()
     backbone.resize_token_embeddings(48, mean_resizing=False)
-    with pytest.raises(ValueError, match="vocab_size 40 against 48"):
+    with pytest.raises(ValueError, match=r"vocab_size.*\b40\b.*\b48\b"):
         read(backbone, folder)
 
 
@@ -118,13 +118,13 @@ def test_heads_of_another_config_are_refused_with_both_shapes(tmp_path, tokenize
     folder = saved(model, tokenizer, tmp_path / "s2")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "head_width": 2}))
-    with pytest.raises(ValueError, match=r"has the shape \(128, 64\) and should have \(64, 64\)"):
+    with pytest.raises(ValueError, match=r"\(128, 64\).*\(64, 64\)"):
         read(model.backbone, folder)
 
 
 def test_a_folder_without_a_checkpoint_names_the_one_inside_it(tmp_path, tokenizer):
     saved(make_model(), tokenizer, tmp_path / "s2")
-    with pytest.raises(ValueError, match="Did you mean one of s2"):
+    with pytest.raises(ValueError, match=r"one of s2\b"):
         load(tmp_path)
 
 
@@ -155,7 +155,7 @@ def test_missing_heads_are_named(tmp_path, tokenizer):
     model = make_model()
     folder = saved(model, tokenizer, tmp_path / "s2")
     (folder / "heads.safetensors").unlink()
-    with pytest.raises(ValueError, match="neither heads.safetensors nor heads.pt"):
+    with pytest.raises(ValueError, match=r"heads\.safetensors.*heads\.pt"):
         read(model.backbone, folder)
 
 

@@ -108,9 +108,7 @@ def test_what_was_measured_is_not_measured_again(wrapper, text, monkeypatch):
 
 
 def test_unknown_experts_and_places_are_refused(wrapper, text):
-    with pytest.raises(ValueError, match="no expert 4: a gate has 4, 0 to 3"):
+    with pytest.raises(ValueError, match=r"expert 4\b.*\b0 to 3\b"):
         intervene(wrapper, text, lambda *_: 0.25, experts=[4])
-    with pytest.raises(
-        ValueError, match="to is 'away', but must be nowhere, next, or the number of an expert, 0 to 3"
-    ):
+    with pytest.raises(ValueError, match=r"\bto\b.*'away'.*nowhere, next.*\b0 to 3\b"):
         overrule_for("away", 0, 4)

@@ -57,7 +57,7 @@ def test_places_without_an_expert_are_no_part_of_a_set():
 
 
 def test_checkpoints_of_other_models_are_refused(last):
-    with pytest.raises(ValueError, match=r"among 8 experts, the last one \[2, 6, 50, 4\] among 16"):
+    with pytest.raises(ValueError, match=r"\b8 experts.*\[2, 6, 50, 4\].*\b16\b"):
         saturation(Choices(last.chosen_LRSK, last.mask_RS, 8), last)
 
 
@@ -90,9 +90,9 @@ def test_revisions_are_ordered_by_number_and_main_is_last():
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["main"], "1 revision was given, but two are needed"),
-        (["main", "final"], "main and final have no number"),
-        (["step1", "step1"], "step1 is named twice"),
+        (["main"], r"\b1 revision\b"),
+        (["main", "final"], "main and final"),
+        (["step1", "step1"], r"\bstep1\b.*twice"),
     ],
 )
 def test_revisions_that_cannot_be_compared_are_refused(names, message):
@@ -107,7 +107,7 @@ def test_a_revision_is_a_folder_below_the_model_or_of_its_own(revisions_folder):
 
 
 def test_a_revision_that_is_not_there_is_refused_and_those_that_are_come_by_number(revisions_folder):
-    with pytest.raises(ValueError, match="no revision 'step6'. It holds step5-tokens1K, step40-tokens8K, main"):
+    with pytest.raises(ValueError, match="'step6'.*step5-tokens1K, step40-tokens8K, main"):
         resolve_revision(revisions_folder, "step6")
 
 
@@ -119,12 +119,12 @@ def test_revisions_of_the_hub_are_listed_in_order_and_a_missing_one_is_refused(m
     monkeypatch.setattr("moe_ext.router_study.collect.revisions.list_repo_refs", lambda model: Refs)
     assert hub_revisions("owner/name") == ["step3-tokens1B", "step20-tokens1B", "main"]
     assert resolve_revision("owner/name", "step3-tokens1B") == ("owner/name", "step3-tokens1B")
-    with pytest.raises(ValueError, match="no revision 'step4'. It has step3-tokens1B, step20-tokens1B, main"):
+    with pytest.raises(ValueError, match="'step4'.*step3-tokens1B, step20-tokens1B, main"):
         resolve_revision("owner/name", "step4")
 
 
 def test_a_hub_that_cannot_be_reached_is_said():
-    with pytest.raises(ValueError, match="revisions of 'owner/name' could not be read from the hub"):
+    with pytest.raises(ValueError, match="'owner/name'.*hub"):
         resolve_revision("owner/name", "main")
 
 

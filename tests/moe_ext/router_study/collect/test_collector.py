@@ -111,7 +111,7 @@ def test_the_state_of_another_run_is_refused(wrapper, text, tmp_path, changed, n
         with torch.no_grad():
             wrapper.gates.modules()[1].weight.add_(1)
     other = {"one": rows_of(7, seed=9), "two": text["two"]} if changed == "text" else text
-    with pytest.raises(ValueError, match=f"beginning of a run with another {named}"):
+    with pytest.raises(ValueError, match=f"another {named}"):
         ActivationCollector(wrapper, num_groups=3 if changed == "groups" else 4).collect_router_activations(
             other, resume_folder=tmp_path
         )
@@ -152,7 +152,7 @@ def test_the_sample_is_bounded_and_counts_are_of_all_tokens(wrapper):
 
 def test_counts_that_do_not_fit_are_refused_with_their_size(wrapper, text, monkeypatch):
     monkeypatch.setattr("moe_ext.router_study.collect.collector.MEBIBYTE", 1024)
-    with pytest.raises(ValueError, match="Counting 2 layers of 4 experts in 10 parts takes 8 MiB, but counts_mb is 1"):
+    with pytest.raises(ValueError, match=r"\b2 layers.*\b4 experts.*\b10 parts.*\b8 MiB.*counts_mb.*\b1\b"):
         ActivationCollector(wrapper, counts_mb=1).collect_router_activations(text)
 
 
@@ -171,7 +171,7 @@ def test_correlations_are_those_of_the_masks(wrapper, text):
 def test_no_text_and_no_batch_are_refused(wrapper, text):
     with pytest.raises(ValueError, match="no text to read"):
         ActivationCollector(wrapper).collect_router_activations({})
-    with pytest.raises(ValueError, match="batch_size is 0"):
+    with pytest.raises(ValueError, match=r"batch_size.*\b0\b"):
         ActivationCollector(wrapper).collect_router_activations(text, batch_size=0)
-    with pytest.raises(ValueError, match="num_groups is 0"):
+    with pytest.raises(ValueError, match=r"num_groups.*\b0\b"):
         ActivationCollector(wrapper, num_groups=0)

@@ -57,16 +57,14 @@ def test_a_hub_dataset_that_cannot_be_had_is_an_error_and_nothing_stands_in(toke
         raise ConnectionError("no network here.")
 
     monkeypatch.setattr("moe_ext.router_study.collect.data.load_dataset", refuse)
-    with pytest.raises(
-        ValueError, match=rf"{HUB_TEXTS[source].name}' \({source}\) could not be read: no network here"
-    ):
+    with pytest.raises(ValueError, match=rf"{HUB_TEXTS[source].name}' \({source}\).*no network here"):
         next(DatasetLoader(tokenizer).load(source))
 
 
 def test_a_text_that_is_too_short_names_both_counts(tokenizer, tmp_path):
     file = tmp_path / "short.txt"
     file.write_text("three words only")
-    with pytest.raises(ValueError, match=r"text of notes \(.*short.txt\) has \d tokens, but 64 are needed"):
+    with pytest.raises(ValueError, match=r"notes \(.*short\.txt\).*\d.*\b64\b"):
         loader(tokenizer).rows({"notes": str(file)})
 
 
@@ -84,7 +82,7 @@ def test_domains_are_named_or_named_as_their_source():
         ("", "is no list of domains"),
         ("prose,,code", "is no list of domains"),
         ("prose=", "is no list of domains"),
-        ("a=prose,a=code", "domain a is named twice"),
+        ("a=prose,a=code", r"domain a\b.*twice"),
     ],
 )
 def test_a_malformed_list_of_domains_is_refused(data, message):
@@ -95,8 +93,8 @@ def test_a_malformed_list_of_domains_is_refused(data, message):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"row_tokens": 1}, "row_tokens is 1, but a row must hold at least 2"),
-        ({"max_tokens": 8}, "max_tokens is 8, but must hold at least one row of 16"),
+        ({"row_tokens": 1}, r"row_tokens.*\b1\b.*\b2\b"),
+        ({"max_tokens": 8}, r"max_tokens.*\b8\b.*\b16\b"),
     ],
 )
 def test_impossible_sizes_are_refused(tokenizer, changed, message):

@@ -55,7 +55,7 @@ def test_some_layers_can_be_studied_alone():
     whole, second = (MoEModelWrapper(tiny_model("olmoe"), layers=layers) for layers in (None, [1]))
     assert second.gates.labels == ["1"]
     torch.testing.assert_close(second.run(IDS, ALL)[1].logits_LTE, whole.run(IDS, ALL)[1].logits_LTE[1:])
-    with pytest.raises(ValueError, match="no layer 2: the model has 2 layers with a router, 0 to 1"):
+    with pytest.raises(ValueError, match=r"layer 2\b.*\b2 layers.*\b0 to 1\b"):
         MoEModelWrapper(tiny_model("olmoe"), layers=[2])
 
 
@@ -115,7 +115,7 @@ def test_deciding_anew_of_the_same_scores_gives_the_same_choice():
 
 
 def test_a_dense_model_is_refused_and_says_what_was_looked_for():
-    with pytest.raises(ValueError, match="LlamaForCausalLM is a dense model: its class records no router logits"):
+    with pytest.raises(ValueError, match="LlamaForCausalLM.*dense"):
         MoEModelWrapper(tiny_model(num_hidden_layers=3))
 
 
@@ -123,5 +123,5 @@ def test_a_pass_that_asks_no_gate_is_an_error():
     wrapper = MoEModelWrapper(tiny_model("olmoe"))
     with wrapper.gates.listening() as heard:
         pass
-    with pytest.raises(RuntimeError, match="model.layers.0.mlp.gate decided nothing"):
+    with pytest.raises(RuntimeError, match=r"model\.layers\.0\.mlp\.gate\b"):
         wrapper.gates.routing(heard)

@@ -48,9 +48,9 @@ def test_principal_angles_of_known_subspaces_are_their_angles():
     assert found.tolist() == pytest.approx([0, angle], abs=1e-7)
     turned = torch.linalg.qr(torch.randn(2, 2)).Q @ other  # the same subspace
     torch.testing.assert_close(weights.principal_angles(one, turned, num_dimensions=2), found, rtol=0, atol=1e-6)
-    with pytest.raises(ValueError, match="num_dimensions is 3, but must lie between 1 and 2"):
+    with pytest.raises(ValueError, match=r"num_dimensions.*\b3\b.*\b1 and 2\b"):
         weights.principal_angles(one, other, num_dimensions=3)
-    with pytest.raises(ValueError, match="reads 6 numbers and the other 7"):
+    with pytest.raises(ValueError, match=r"\b6 numbers.*\b7\b"):
         weights.principal_angles(one, torch.zeros(2, 7), num_dimensions=1)
 
 
