@@ -14,7 +14,7 @@ from moe_ext.routers import moe_layers
 
 SMALL_MOE = "small-moe"
 SMALL_MOE_FOLDER = Path(__file__).parent / "small_moe"
-MODEL_HELP = "small-moe, a local folder, or a hub model as owner/name."
+MODEL_HELP = "Mixture: small-moe, a local folder, or a hub model as owner/name."
 
 
 def load_moe(

@@ -67,15 +67,19 @@ class BaseTrainingConfig:
     # templates that are held out rose from step 120 on (69, then 77 at step 420) while prose and code still halved.
     prose_share: float = field(default=0.48, metadata={"help": "Share of the training tokens that are prose."})
     code_share: float = field(default=0.50, metadata={"help": "Share that are code; the rest is math."})
-    optimizer: Literal["muon", "adamw"] = field(default="muon", metadata={"help": "What trains the hidden matrices."})
+    optimizer: Literal["muon", "adamw"] = field(default="muon", metadata={"help": "Optimiser of the hidden matrices."})
     learning_rate: float = field(default=6e-3, metadata={"help": "Peak rate of every parameter, in AdamW's units."})
     weight_decay: float = field(default=0.1, metadata={"help": "Decoupled decay of the matrices."})
     warmup_steps: int = field(default=50, metadata={"help": "Steps of the linear warm-up."})
     decay_fraction: float = field(default=0.3, metadata={"help": "Last part of the steps, where the rate falls to 0."})
     bf16: bool = field(default=False, metadata={"help": "Matrix products in bfloat16; fast on a CPU with AMX only."})
-    compile: bool = field(default=False, metadata={"help": "torch.compile the training step; needs a C++ compiler."})
+    compile: bool = field(
+        default=False, metadata={"help": "Compilation of the training step by torch.compile; needs a C++ compiler."}
+    )
     checkpoint_minutes: float = field(default=5, metadata={"help": "Minutes between two checkpoints."})
-    snapshot_minutes: float = field(default=0, metadata={"help": "Also write the model once, that early; 0: never."})
+    snapshot_minutes: float = field(
+        default=0, metadata={"help": "Minutes after which the model is written once more; 0: never."}
+    )
     log_every: int = field(default=10, metadata={"help": "Steps between two progress lines."})
     seed: int = field(default=0, metadata={"help": "Seed of the initialisation and of the order of the blocks."})
 

@@ -54,7 +54,7 @@ class SmallMoeTrainingConfig(BaseTrainingConfig):
     blocks_per_step: int = field(default=8, metadata={"help": "Blocks in an optimiser step."})
     # torch's Muon takes matrices alone, and the experts of a layer are one 3-D parameter.
     optimizer: Literal["muon", "adamw"] = field(
-        default="adamw", metadata={"help": "What trains the matrices; experts always adamw."}
+        default="adamw", metadata={"help": "Optimiser of the matrices; experts always have adamw."}
     )
     learning_rate: float = field(default=4e-3, metadata={"help": "Peak rate of every parameter."})
     warmup_steps: int = field(default=100, metadata={"help": "Steps of the linear warm-up."})

@@ -1,4 +1,4 @@
-"""`--help` of every command: a line an option, its default in it, and an example at the end."""
+"""`--help` of every command says of each option what it is, in which unit and by default, and ends with an example."""
 
 import importlib
 import importlib.util
@@ -11,8 +11,24 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("benchmarks", "dylo_moe", "moe_common", "moe_ext")
 KIND = r" (?:[A-Z][A-Z=_]*|\{[^}]*\})(?: \[[A-Z]+ \.\.\.\]| \.\.\.)?"
-OPTION = re.compile(rf"^  (?:--?\w[\w-]*(?:{KIND})?(?:, )?)+(?:  +(?P<text>\S.*))?$")
-LONGEST = 160  # characters of a line
+OPTION = re.compile(rf"  ((?:--?\w[\w-]*(?:{KIND})?(?:, )?)+)(?:\s{{2,}}(\S.*))?", flags=re.DOTALL)
+NUMBER = re.compile(r" [NX]\b")
+# What a value may not begin with: a verb or a question tells what happens, and not what the value is.
+NO_NOUN = {"Also", "As", "At", "Change", "How", "In", "Measure", "Of", "On", "Only", "Run", "Stop", "Study", "Train"}
+NO_NOUN |= {"What", "Where", "Which", "Write"}
+# What the help of a number says that is called so, for it has no meaning without.
+UNITS = {
+    r"_mb$": "MiB",
+    r"_gb$": "GiB",
+    r"_bits$": "Bits",
+    r"_minutes$": "Minutes",
+    r"_subset$": "Percent",
+    r"_epochs$|^--epochs$": "Passes|Times",
+    r"_steps$": "[Ss]tep",
+    r"_blocks$": "[Bb]locks|[Rr]ows",
+    r"_tokens$|_length$|^--seqlen$": "[Tt]okens",
+    r"batch_size$": "Rows|Blocks",
+}
 
 
 def commands() -> list[Path]:
@@ -68,7 +84,7 @@ def subcommands(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("path", commands(), ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_help_is_a_line_an_option_and_ends_with_an_example(path, monkeypatch, capsys):
+def test_help_tells_of_each_option_and_ends_with_an_example(path, monkeypatch, capsys):
     for name, text in helps(path, monkeypatch, capsys).items():
         if not name and subcommands(text):
             assert all(command in text for command in subcommands(text))
@@ -84,16 +100,33 @@ def faults(text: str) -> list[str]:
     if not rest:
         return ["it lists no options"]
     found = []
-    for line in options.splitlines():
-        option = OPTION.match(line)
+    for entry in re.split(r"\n(?=  -)", options):
+        option = OPTION.fullmatch(entry)
         if option is None:
-            found.append(f"not an option on one line: {line!r}")
-        elif not option["text"]:
-            found.append(f"an option without a word: {line!r}")
-        elif len(line) > LONGEST:
-            found.append(f"{len(line)} characters: {line!r}")
+            found.append(f"not an option: {entry!r}")
+        elif not option[2]:
+            found.append(f"an option without a word: {entry!r}")
+        elif "[--option value ...]" in text and "--help" not in option[1]:  # made of a dataclass
+            found += field_faults(option[1], option[2])
     if not re.match(r"examples?:", examples):
         found.append(f"no example at the end, but {examples[-60:]!r}")
+    return found
+
+
+def field_faults(option: str, said: str) -> list[str]:
+    """What the help of a dataclass's field lacks; `option` is its flag and what it takes."""
+    name, first = option.split()[0], said.split()[0]
+    found = []
+    if not first[0].isupper():
+        found.append(f"{name} begins in lower case: {said!r}")
+    if " " in option and first in NO_NOUN and ", --no_" not in option:
+        found.append(f"{name} takes a value and begins with no noun: {said!r}")
+    if NUMBER.search(option):
+        if not re.search(r"\[[^]]+\]$|[Dd]efault|in place of", said):
+            found.append(f"{name} has no default: {said!r}")
+        for ending, unit in UNITS.items():
+            if re.search(ending, name) and not re.search(unit, said):
+                found.append(f"{name} has no unit ({unit}): {said!r}")
     return found
 
 
@@ -102,18 +135,31 @@ def test_commands_are_found():
     assert {"train.py", "peft/fork.py", "benchmarks/__main__.py", "moe_ext/multi_token/__main__.py"} <= found
 
 
-GOOD = "usage: x\n\nDoes it.\n\noptions:\n  -h, --help  show\n  --size N    How many. [3]\n\nexample:\nx --size 3\n"
+GOOD = """usage: x [--option value ...]
+
+Does it.
+
+options:
+  -h, --help   show
+  --max_tokens N  Tokens of
+               a row. [3]
+
+example:
+x --max_tokens 3
+"""
 
 
 @pytest.mark.parametrize(
-    ("text", "fault"),
+    ("right", "wrong", "fault"),
     [
-        (GOOD.replace("How many. [3]", "How\n              many. [3]"), "not an option on one line"),
-        (GOOD.replace("    How many. [3]", ""), "an option without a word"),
-        (GOOD.replace("example:\nx --size 3\n", ""), "no example at the end"),
-        (GOOD.replace("How many.", "How many." * 30), "characters"),
+        ("  Tokens of\n               a row. [3]", "", "without a word"),
+        ("Tokens", "tokens", "lower case"),
+        ("Tokens", "How many tokens", "noun"),
+        ("Tokens", "Length", "unit"),
+        (" [3]", "", "default"),
+        ("example:\nx --max_tokens 3\n", "", "no example at the end"),
     ],
 )
-def test_a_help_that_lacks_something_is_found(text, fault):
+def test_a_help_that_lacks_something_is_found(right, wrong, fault):
     assert faults(GOOD) == []
-    assert [fault in found for found in faults(text)] == [True]
+    assert [fault in found for found in faults(GOOD.replace(right, wrong))] == [True]

@@ -83,14 +83,16 @@ class ContinualConfig:
     consolidate_ratio: float = field(default=0.1, metadata={"help": "Rate of the second phase over the peak."})
     replay_blocks: int = field(default=16, metadata={"help": "Blocks kept of each skill, for the router alone."})
     router_weight_decay: float = field(
-        default=0.05, metadata={"help": "Of the router's fit; larger mixes the experts more."}
+        default=0.05, metadata={"help": "Weight decay of the router's fit; larger mixes the experts more."}
     )
     probe_blocks: int = field(default=32, metadata={"help": "Blocks by which an arriving skill is recognised."})
     calibration_blocks: int = field(default=64, metadata={"help": "Held-out blocks behind a novelty threshold."})
-    novelty_margin: float = field(default=1.0, metadata={"help": "How far below its held-out text a skill ends."})
+    novelty_margin: float = field(
+        default=1.0, metadata={"help": "Distance below its held-out text at which a skill ends."}
+    )
     eval_blocks: int = field(default=48, metadata={"help": "Held-out blocks of each skill that are measured."})
     eval_split: HeldOut = field(
-        default="test", metadata={"help": "Where they are from: validation to choose settings, test to report."}
+        default="test", metadata={"help": "Split they are from: validation to choose settings, test to report."}
     )
     baselines: bool = field(default=True, metadata={"help": "Train the two LoRAs that the mixture is compared with."})
     sequential_learning_rate: float = field(

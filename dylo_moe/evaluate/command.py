@@ -56,7 +56,7 @@ class EvaluateConfig:
         default=None, metadata={"help": "Column of your own datasets that holds the text."}
     )
     eval_subset: float = field(default=100.0, metadata={"help": "Percent of the held-out documents to use."})
-    eval_blocks: int | None = field(default=None, metadata={"help": "At most so many rows of each dataset."})
+    eval_blocks: int | None = field(default=None, metadata={"help": "Rows of each dataset, at most; by default all."})
     eval_batch_size: int = field(default=8, metadata={"help": "Rows of a forward pass."})
     max_seq_length: int | None = field(
         default=None, metadata={"help": "Tokens in a row. By default: as in the run, else 256."}
@@ -67,7 +67,9 @@ class EvaluateConfig:
     seed: int = field(default=0, metadata={"help": "Seed of the subsets."})
     tasks: str | None = field(default=None, metadata={"help": "Comma separated tasks of lm-eval (extra eval)."})
     include_path: str | None = field(default=None, metadata={"help": "Folder with task files of your own."})
-    limit: int | None = field(default=None, metadata={"help": "Only the first so many examples of a task."})
+    limit: int | None = field(
+        default=None, metadata={"help": "Examples of each task, the first ones; by default all."}
+    )
     humaneval: bool = field(default=False, metadata={"help": "Complete the HumanEval problems (extra eval)."})
     samples: str = field(
         default="humaneval_samples.jsonl", metadata={"help": "File for the completions of HumanEval."}

@@ -36,7 +36,7 @@ class DataConfig:
     training_subset: float = field(default=100.0, metadata={"help": "Percent of the training documents to use."})
     eval_subset: float = field(default=100.0, metadata={"help": "Percent of the held-out documents to use."})
     eval_blocks: int | None = field(
-        default=None, metadata={"help": "Measure on at most N held-out rows of each dataset."}
+        default=None, metadata={"help": "Held-out rows of each dataset to measure on, at most; by default all."}
     )
     max_seq_length: int = field(default=256, metadata={"help": "Tokens in a row."})
     keep_truncated: bool = field(

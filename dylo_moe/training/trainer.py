@@ -41,7 +41,7 @@ class TrainingConfig:
 
     num_epochs: float = field(default=1.0, metadata={"help": "Passes over the training rows."})
     num_steps: int | None = field(
-        default=None, metadata={"help": "Optimiser steps for each adapter, in place of num_epochs."}
+        default=None, metadata={"help": "Optimiser steps for each adapter; by default as num_epochs says."}
     )
     train_batch_size: int = field(default=16, metadata={"help": "Rows of a forward pass on each device."})
     eval_batch_size: int = field(default=8, metadata={"help": "Rows of a forward pass when measuring."})
@@ -64,7 +64,9 @@ class TrainingConfig:
     )
     early_stopping_patience: int | None = field(
         default=None,
-        metadata={"help": "Stop after N validations without a better loss; keep the best."},
+        metadata={
+            "help": "Validations without a better loss that end the training, the best kept; by default none do."
+        },
     )
     save_steps: int = field(default=100, metadata={"help": "Steps between two checkpoints, and two validations."})
     logging_steps: int = field(default=20, metadata={"help": "Steps between two lines of the log."})

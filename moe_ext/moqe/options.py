@@ -8,7 +8,7 @@ from moe_common.text.documents import Part
 from moe_ext.moqe.experts.expert import Dtype, GgufBackend
 from moe_ext.moqe.mixture.router import Mode, RouterConfig
 
-SCHEME_HELP = "int2 ... int8, int2@SOURCE, nf4, bnb8, q8_0, q4_1, f16, full; by commas."
+SCHEME_HELP = "Schemes of the experts: int2 ... int8, int2@SOURCE, nf4, bnb8, q8_0, q4_1, f16, full; by commas."
 EXPERT_HELP = "folders, GGUF files, base, smollm2-135m, smollm2-135m.gguf, hub ids."
 
 
@@ -35,7 +35,8 @@ class ComputeOptions:
     """How experts are computed."""
 
     dtype: Dtype = field(
-        default="auto", metadata={"help": "Of what is not packed; auto is float32 on a CPU, bfloat16 on a GPU."}
+        default="auto",
+        metadata={"help": "Precision of what is not packed; auto is float32 on a CPU, bfloat16 on a GPU."},
     )
     gguf_backend: GgufBackend = field(default="transformers", metadata={"help": "Who computes GGUF files."})
 
@@ -56,14 +57,15 @@ class TrainingOptions(TextOptions, ComputeOptions, RouterConfig):
     warmup_fraction: float = field(default=0.1, metadata={"help": "Part of the optimiser steps with a rising rate."})
     weight_decay: float = field(default=0.0, metadata={"help": "Decoupled weight decay of the router."})
     optimizer: Literal["adamw", "adamw_8bit"] = field(
-        default="adamw", metadata={"help": "adamw_8bit is that of bitsandbytes."}
+        default="adamw", metadata={"help": "Optimiser; adamw_8bit is that of bitsandbytes."}
     )
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute the router to save memory."})
     cache_dir: str | None = field(
         default=None, metadata={"help": "Folder of the experts' cached outputs; by default in save_dir."}
     )
     cache_gb: float = field(
-        default=4.0, metadata={"help": "Most disk space of the experts' cached outputs; what is over is recomputed."}
+        default=4.0,
+        metadata={"help": "GiB of disk for the experts' cached outputs, at most; what is over is recomputed."},
     )
     save_steps: int = field(default=50, metadata={"help": "Optimiser steps between two checkpoints."})
     logging_steps: int = field(default=10, metadata={"help": "Optimiser steps between two lines of the log."})
@@ -119,8 +121,8 @@ class EvalOptions(TextOptions, ComputeOptions):
     reference: str | None = field(default=None, metadata={"help": "The model in full precision, to compare with."})
     split: Part = field(default="test", metadata={"help": "Split of the text."})
     max_tokens: int | None = field(default=30_000, metadata={"help": "Most tokens of each source."})
-    resamples: int = field(default=2000, metadata={"help": "Of the bootstrap over documents."})
-    speed_rounds: int = field(default=3, metadata={"help": "How often each way is timed, in turns."})
+    resamples: int = field(default=2000, metadata={"help": "Resamples of the bootstrap over documents."})
+    speed_rounds: int = field(default=3, metadata={"help": "Rounds in which each way is timed, in turns."})
     output: str | None = field(default=None, metadata={"help": "Markdown file of the table; JSON goes beside it."})
 
     def __post_init__(self) -> None:
@@ -132,7 +134,7 @@ class EvalOptions(TextOptions, ComputeOptions):
 class RoundingOptions:
     """How a model's weights are rounded."""
 
-    model: str = field(default="base", metadata={"help": "base, smollm2-135m, a folder, a hub id."})
+    model: str = field(default="base", metadata={"help": "Model to quantise: base, smollm2-135m, a folder, a hub id."})
     group_size: int = field(default=64, metadata={"help": "Weights that share a scale, in schemes of int."})
     calibration_blocks: int = field(default=96, metadata={"help": "Blocks of calibration text for int2@SOURCE."})
     calibration_length: int = field(default=256, metadata={"help": "Tokens of a block."})
@@ -166,8 +168,8 @@ class RunOptions(TrainingOptions, RoundingOptions):
     )
     reference: str | None = field(default=None, metadata={"help": "Full precision in the tables; by default model."})
     test_tokens: int | None = field(default=30_000, metadata={"help": "Most test tokens of each source."})
-    resamples: int = field(default=2000, metadata={"help": "Of the bootstrap over documents."})
-    speed_rounds: int = field(default=3, metadata={"help": "How often each way is timed, in turns."})
+    resamples: int = field(default=2000, metadata={"help": "Resamples of the bootstrap over documents."})
+    speed_rounds: int = field(default=3, metadata={"help": "Rounds in which each way is timed, in turns."})
 
     def __post_init__(self) -> None:
         TrainingOptions.__post_init__(self)
@@ -182,5 +184,5 @@ class MemoryOptions:
     """Of `memory`."""
 
     expert: str = field(metadata={"help": "A folder, a GGUF file, base, smollm2-135m, a hub id."})
-    dtype: Dtype = field(default="auto", metadata={"help": "Of what is not packed."})
+    dtype: Dtype = field(default="auto", metadata={"help": "Precision of what is not packed."})
     gguf_backend: GgufBackend = field(default="transformers", metadata={"help": "Who computes a GGUF file."})

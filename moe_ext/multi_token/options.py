@@ -36,12 +36,14 @@ class TrainOptions:
     length: int = field(default=256, metadata={"help": "Tokens of a row; longer pairs are cut."})
     prompt_length: int = field(
         default=64,
-        metadata={"help": "In self_distill and stage 3: most tokens of a row that are given, the rest is written."},
+        metadata={"help": "Tokens of a row that are given in self_distill and stage 3, at most; the rest is written."},
     )
-    max_rows: int | None = field(default=None, metadata={"help": "Train on a random choice of so many rows."})
+    max_rows: int | None = field(
+        default=None, metadata={"help": "Rows to train on, chosen at random; by default all."}
+    )
     head_width: int = field(default=4, metadata={"help": "Inner layer of a head, in multiples of the hidden size."})
     draft_vocabulary: int | None = field(
-        default=None, metadata={"help": "Heads choose among so many tokens, the most frequent; by default all."}
+        default=None, metadata={"help": "Tokens that heads choose among, the most frequent; by default all."}
     )
     max_copy: int = field(default=16, metadata={"help": "Tokens that can be copied from the text in one draft."})
     teacher_forcing_end: float = field(
@@ -107,11 +109,11 @@ class InferOptions:
     """Of `infer`."""
 
     ckpt: str = field(metadata={"help": "Folder that training wrote, as out/s2."})
-    prompt: str = field(metadata={"help": "What to continue."})
+    prompt: str = field(metadata={"help": "Text to continue."})
     max_tokens: int = field(default=100, metadata={"help": "Most new tokens."})
     quant: Quantization = field(default="none", metadata={"help": "Bits of the frozen backbone's linear layers."})
     mode: Mode = field(
-        default="lossless", metadata={"help": "lossless: the backbone's own output; fast: drafts unread."}
+        default="lossless", metadata={"help": "Decoding; lossless: the backbone's own output; fast: drafts unread."}
     )
     copy: bool = field(default=True, metadata={"help": "In lossless mode also draft by copying from the text."})
     model: str | None = field(default=None, metadata={"help": "Another name or place of the same backbone."})
@@ -120,7 +122,7 @@ class InferOptions:
         metadata={"help": "Put the prompt as a question; by default where the training data were questions."},
     )
     stop: list[str] = field(default_factory=list, metadata={"help": "Texts that end the output."})
-    temperature: float = field(default=0.0, metadata={"help": "0 is greedy; above, the output is sampled."})
+    temperature: float = field(default=0.0, metadata={"help": "Temperature of sampling; 0 is greedy."})
     seed: int = field(default=0, metadata={"help": "Seed of sampling."})
 
     def __post_init__(self) -> None:
@@ -140,11 +142,13 @@ class BenchOptions:
     data: str | None = field(
         default=None, metadata={"help": "Held-out text; by default what was held out of training."}
     )
-    split: Literal["test", "validation", "all"] = field(default="test", metadata={"help": "Which part of it."})
+    split: Literal["test", "validation", "all"] = field(default="test", metadata={"help": "Part of it."})
     prompts: int = field(default=24, metadata={"help": "Prompts, the sources taking turns."})
     prompt_length: int = field(default=64, metadata={"help": "Most tokens of a prompt."})
     max_tokens: int = field(default=128, metadata={"help": "Most new tokens of each."})
-    rounds: int = field(default=2, metadata={"help": "How often each way continues each prompt; the median counts."})
+    rounds: int = field(
+        default=2, metadata={"help": "Rounds in which each way continues each prompt; the median counts."}
+    )
     quant: Quantization = field(default="none", metadata={"help": "Bits of the frozen backbone's linear layers."})
     model: str | None = field(default=None, metadata={"help": "Another name or place of the same backbone."})
     out: str | None = field(default=None, metadata={"help": "JSON file for the figures; by default beside ckpt."})

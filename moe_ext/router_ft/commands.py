@@ -61,7 +61,7 @@ def calibration_blocks(config: CalibrationConfig, model: PreTrainedModel, tokeni
 class AlphaOptions:
     model: str = field(default=SMALL_MOE, metadata={"help": MODEL_HELP})
     output: str = field(default="alpha.csv", metadata={"help": "File of the table."})
-    estimate: Estimate = field(default="mid", metadata={"help": "Where the tail of the eigenvalues begins."})
+    estimate: Estimate = field(default="mid", metadata={"help": "Start of the tail of the eigenvalues."})
 
 
 def run_alpha(options: AlphaOptions) -> str:
@@ -79,18 +79,21 @@ class AllocateOptions:
     alpha_csv: str = field(metadata={"help": "Table that the step alpha wrote."})
     output: str = field(default="plan.json", metadata={"help": "File of the plan."})
     budget_bits: float | None = field(
-        default=None, metadata={"help": "Bits a weight that the plan may cost, scales included."}
+        default=None,
+        metadata={"help": "Bits per weight that the plan may cost, scales included, in place of mxfp4_ratio."},
     )
     mxfp4_ratio: float | None = field(
-        default=None, metadata={"help": "In place of a budget: this part of the weights in MXFP4, the rest in MXFP8."}
+        default=None, metadata={"help": "Part of the weights in MXFP4, the rest in MXFP8, in place of budget_bits."}
     )
     formats: str = field(default=DEFAULT_FORMATS, metadata={"help": "Formats that a budget may be spent on."})
     sensitivity: Sensitivity = field(
-        default="lower_alpha", metadata={"help": "Which matrices get more bits; see docs/router_ft.md."}
+        default="lower_alpha", metadata={"help": "Order in which matrices get more bits; see docs/router_ft.md."}
     )
     dense_format: str = field(
         default="BF16",
-        metadata={"help": "Of attention, shared experts and dense MLPs; 'allocated' lets them compete with experts."},
+        metadata={
+            "help": "Format of attention, shared experts and dense MLPs; 'allocated' lets them compete with experts."
+        },
     )
     seed: int = field(default=0, metadata={"help": "Seed of the sensitivity random."})
 
@@ -138,10 +141,10 @@ class QuantizeOptions(CalibrationConfig):
     model: str = field(default=SMALL_MOE, metadata={"help": MODEL_HELP})
     config: str = field(metadata={"help": "The plan, a file that the step allocate wrote."})
     save: str = field(metadata={"help": "Folder of the checkpoint."})
-    method: Method = field(default="gptq", metadata={"help": "gptq, or round for round-to-nearest."})
+    method: Method = field(default="gptq", metadata={"help": "Quantisation by gptq, or round for round-to-nearest."})
     block_size: int = field(default=BLOCK_SIZE, metadata={"help": "Columns of a GPTQ block."})
     damp: float = field(default=DAMP, metadata={"help": "Damping of the Hessian, as a part of its mean diagonal."})
-    device: str = field(default_factory=default_device, metadata={"help": "Where to compute."})
+    device: str = field(default_factory=default_device, metadata={"help": "Device to compute on."})
 
     def __post_init__(self):
         super().__post_init__()
@@ -176,7 +179,7 @@ class FinetuneOptions(CalibrationConfig, FinetuneConfig):
     model: str = field(default=SMALL_MOE, metadata={"help": f"The full-precision model. {MODEL_HELP}"})
     checkpoint: str = field(metadata={"help": "Folder that the step quantize wrote."})
     save: str = field(metadata={"help": "Folder of the checkpoint with finetuned routers."})
-    device: str = field(default_factory=default_device, metadata={"help": "Where to compute."})
+    device: str = field(default_factory=default_device, metadata={"help": "Device to compute on."})
 
     def __post_init__(self):
         CalibrationConfig.__post_init__(self)
@@ -216,11 +219,13 @@ class EvaluateOptions:
     dataset: str = field(default="prose,code,math", metadata={"help": "Held-out text, comma separated."})
     split: Part = field(default="test", metadata={"help": "Split of the text."})
     seqlen: int | None = field(default=None, metadata={"help": "Tokens in a block; by default as in calibration."})
-    max_blocks: int | None = field(default=None, metadata={"help": "Measure on the first so many blocks of a source."})
+    max_blocks: int | None = field(
+        default=None, metadata={"help": "Blocks of each source to measure on, the first ones; by default all."}
+    )
     tasks: str = field(default="", metadata={"help": "Tasks of lm-eval, comma separated."})
     tasks_dir: str | None = field(default=None, metadata={"help": "Folder of task descriptions with their data."})
-    limit: int | None = field(default=None, metadata={"help": "Documents of each task."})
-    device: str = field(default_factory=default_device, metadata={"help": "Where to compute."})
+    limit: int | None = field(default=None, metadata={"help": "Documents of each task; by default all."})
+    device: str = field(default_factory=default_device, metadata={"help": "Device to compute on."})
 
     def __post_init__(self):
         check_at_least(self, max_blocks=1, limit=1)
@@ -260,7 +265,9 @@ def is_checkpoint(path: str) -> bool:
 class ExportOptions:
     checkpoint: str = field(metadata={"help": "A checkpoint folder of this tool."})
     save: str = field(metadata={"help": "File to write."})
-    format: str = field(default="pt", metadata={"help": "pt: model_state_dict, config, plan, router_finetuning."})
+    format: str = field(
+        default="pt", metadata={"help": "Format; pt: model_state_dict, config, plan, router_finetuning."}
+    )
 
     def __post_init__(self):
         if self.format != "pt":

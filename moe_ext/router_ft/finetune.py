@@ -32,7 +32,8 @@ class FinetuneConfig:
     objective: ObjectiveName = field(
         default="ce",
         metadata={
-            "help": "ce: next token; kl: the full-precision logits; align: its routing; blocks: its layers' outputs."
+            "help": "Objective; ce: next token; kl: the full-precision logits; align: its routing; "
+            "blocks: its layers' outputs."
         },
     )
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the objective kl."})

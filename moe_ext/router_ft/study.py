@@ -46,7 +46,7 @@ class StudyOptions(CalibrationConfig, FinetuneConfig):
     output: str = field(default="runs/router_ft", metadata={"help": "Folder of the results and the table."})
     split: Part = field(default="test", metadata={"help": "Split of the held-out text."})
     max_blocks: int = field(default=64, metadata={"help": "Held-out blocks of each source."})
-    device: str = field(default_factory=default_device, metadata={"help": "Where to compute."})
+    device: str = field(default_factory=default_device, metadata={"help": "Device to compute on."})
 
     def __post_init__(self):
         CalibrationConfig.__post_init__(self)

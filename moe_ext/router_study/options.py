@@ -12,7 +12,7 @@ from moe_ext.router_study.collect.wrapper import MoEModelWrapper
 from moe_ext.router_study.metrics.vocabulary import LEAST_SEEN
 from moe_ext.router_study.report.track import ReportTo
 
-MODEL_HELP = "small-moe, a folder of a mixture or of a routed LoRA mixture, or a hub model as owner/name."
+MODEL_HELP = "Mixture: small-moe, a folder of a mixture or of a routed LoRA mixture, or a hub model as owner/name."
 OLMOE = "allenai/OLMoE-1B-7B-0924"
 
 
@@ -31,10 +31,15 @@ class TextOptions:
     row_tokens: int = field(default=512, metadata={"help": "Tokens that the model reads at once."})
     batch_size: int = field(default=8, metadata={"help": "Rows of a forward pass."})
     layers: list[int] | None = field(
-        default=None, metadata={"help": "Study these routers alone, by number from 0.", "nargs": "+"}
+        default=None, metadata={"help": "Routers to study, by number from 0; by default all.", "nargs": "+"}
     )
-    device: str = field(default_factory=default_device, metadata={"help": "Where to compute."})
+<<<<<<< HEAD
+    device: str = field(default_factory=default_device, metadata={"help": "Device to compute on."})
     seed: int = field(default=0, metadata={"help": "Of the order of documents, shuffles and bootstraps."})
+=======
+    device: str = field(default_factory=_default_device, metadata={"help": "Device to compute on."})
+    seed: int = field(default=0, metadata={"help": "Seed of the order of documents, shuffles and bootstraps."})
+>>>>>>> 9bd6afb (Help: options are tested for what they say, not for how it is laid out)
 
     def __post_init__(self):
         check_at_least(self, batch_size=1, row_tokens=2, max_tokens=self.row_tokens)
@@ -107,10 +112,14 @@ class InterveneOptions(TextOptions):
     model: str = field(default=SMALL_MOE, metadata={"help": MODEL_HELP})
     out: str = field(metadata={"help": "Folder of the results."})
     max_tokens: int = field(default=8192, metadata={"help": "Tokens of each domain."})
-    experts: list[int] | None = field(default=None, metadata={"help": "Change these experts alone.", "nargs": "+"})
+    experts: list[int] | None = field(
+        default=None, metadata={"help": "Experts to change; by default each in turn.", "nargs": "+"}
+    )
     to: str = field(
         default=NOWHERE,
-        metadata={"help": "Where an expert's tokens go: nowhere, next (the best not chosen), or an expert's number."},
+        metadata={
+            "help": "Destination of an expert's tokens: nowhere, next (the best not chosen), or an expert's number."
+        },
     )
 
 
@@ -139,7 +148,11 @@ class OverheadOptions:
     batch_size: int = field(default=8, metadata={"help": "Rows of a pass."})
     row_tokens: int = field(default=256, metadata={"help": "Tokens of a row."})
     rounds: int = field(default=30, metadata={"help": "Pairs of passes."})
-    device: str = field(default_factory=default_device, metadata={"help": "Where to compute."})
+<<<<<<< HEAD
+    device: str = field(default_factory=default_device, metadata={"help": "Device to compute on."})
+=======
+    device: str = field(default_factory=_default_device, metadata={"help": "Device to compute on."})
+>>>>>>> 9bd6afb (Help: options are tested for what they say, not for how it is laid out)
 
     def __post_init__(self):
         check_at_least(self, batch_size=1, row_tokens=2, rounds=1)

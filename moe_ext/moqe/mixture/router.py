@@ -26,7 +26,7 @@ Mode = Literal["token", "sequence"]
 class RouterConfig:
     mode: Mode = field(
         default="token",
-        metadata={"help": "token: mix the experts' logits at every token; sequence: run one expert, by the prompt."},
+        metadata={"help": "Mixing; token: the experts' logits at every token; sequence: one expert, by the prompt."},
     )
     top_k: int = field(default=0, metadata={"help": "Experts mixed at a token; 0 mixes all. Mode token."})
     prefix_length: int = field(default=32, metadata={"help": "Tokens that choose the expert. Mode sequence."})
