@@ -33,13 +33,8 @@ class TextOptions:
     layers: list[int] | None = field(
         default=None, metadata={"help": "Routers to study, by number from 0; by default all.", "nargs": "+"}
     )
-<<<<<<< HEAD
     device: str = field(default_factory=default_device, metadata={"help": "Device to compute on."})
-    seed: int = field(default=0, metadata={"help": "Of the order of documents, shuffles and bootstraps."})
-=======
-    device: str = field(default_factory=_default_device, metadata={"help": "Device to compute on."})
     seed: int = field(default=0, metadata={"help": "Seed of the order of documents, shuffles and bootstraps."})
->>>>>>> 9bd6afb (Help: options are tested for what they say, not for how it is laid out)
 
     def __post_init__(self):
         check_at_least(self, batch_size=1, row_tokens=2, max_tokens=self.row_tokens)
@@ -148,11 +143,7 @@ class OverheadOptions:
     batch_size: int = field(default=8, metadata={"help": "Rows of a pass."})
     row_tokens: int = field(default=256, metadata={"help": "Tokens of a row."})
     rounds: int = field(default=30, metadata={"help": "Pairs of passes."})
-<<<<<<< HEAD
     device: str = field(default_factory=default_device, metadata={"help": "Device to compute on."})
-=======
-    device: str = field(default_factory=_default_device, metadata={"help": "Device to compute on."})
->>>>>>> 9bd6afb (Help: options are tested for what they say, not for how it is laid out)
 
     def __post_init__(self):
         check_at_least(self, batch_size=1, row_tokens=2, rounds=1)
