@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
-from moe_common.runs.whole_files import whole_folder, write_json
+from moe_common.runs.whole_files import check_free, whole_folder, write_json
 from moe_ext.router_study.analysis.evolution import Saturation, follow
 from moe_ext.router_study.collect.data import TokenRows, parse_sources
 from moe_ext.router_study.collect.revisions import in_order, resolve_revision
 from moe_ext.router_study.collect.wrapper import MoEModelWrapper
-from moe_ext.router_study.commands.run import PAGE, about, check_free, rows_for, versions, work_folder, write_drawn
+from moe_ext.router_study.commands.run import PAGE, about, rows_for, versions, work_folder, write_drawn
 from moe_ext.router_study.options import EvolutionOptions
 from moe_ext.router_study.report.drawings import Drawing, Lines, Series
 from moe_ext.router_study.report.extra import check_drawing

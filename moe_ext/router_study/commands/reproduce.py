@@ -8,7 +8,7 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from moe_common.runs.whole_files import whole_folder, write_json, write_text
+from moe_common.runs.whole_files import check_free, whole_folder, write_json, write_text
 from moe_ext.router_study.analysis.evolution import Saturation
 from moe_ext.router_study.analysis.study import Study, run_study
 from moe_ext.router_study.collect.collector import ActivationCollector
@@ -16,7 +16,7 @@ from moe_ext.router_study.collect.data import parse_sources
 from moe_ext.router_study.collect.revisions import in_order, resolve_revision
 from moe_ext.router_study.collect.wrapper import MoEModelWrapper
 from moe_ext.router_study.commands.evolution import saturation_drawing, saturations
-from moe_ext.router_study.commands.run import PAGE, about, check_free, rows_for, versions, work_folder, write_drawn
+from moe_ext.router_study.commands.run import PAGE, about, rows_for, versions, work_folder, write_drawn
 from moe_ext.router_study.options import EvolutionOptions, ReproduceOptions, TextOptions
 from moe_ext.router_study.report.extra import check_drawing
 from moe_ext.router_study.report.figures import figures_of

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 
-from moe_common.runs.whole_files import whole_folder, write_json, write_text
+from moe_common.runs.whole_files import check_free, whole_folder, write_json, write_text
 from moe_ext.router_study.analysis.study import Study, run_study
 from moe_ext.router_study.collect.collector import ActivationCollector, forget
 from moe_ext.router_study.collect.data import DatasetLoader, TokenRows, parse_sources
@@ -172,13 +172,3 @@ def _threads() -> str:
 def work_folder(out: Path) -> Path:
     """Where a run keeps what it needs to go on."""
     return out.with_name(f"{out.name}.collecting")
-
-
-def check_free(folder: Path) -> None:
-    """Refuse an output folder that holds something before anything is computed for it.
-
-    Raises:
-        FileExistsError: it is not empty.
-    """
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise FileExistsError(f"{folder} is there already. Name another folder, or remove it.")

@@ -71,7 +71,9 @@ def test_spread_takes_blocks_from_beginning_to_end(source, tokenizer):
 
 
 def test_too_little_held_out_text_is_refused_and_counted(source, tokenizer):
-    with pytest.raises(ValueError, match=r"rain\S* has \d+ validation blocks of 16 tokens, but 500 are needed"):
+    with pytest.raises(
+        ValueError, match=r"rain\S* has \d+ blocks of 16 tokens in its split 'validation', but 500 are"
+    ):
         read_skill(source, tokenizer, num_visits=1, blocks_a_visit=1, **{**SIZES, "calibration_blocks": 500})
 
 

@@ -293,7 +293,7 @@ def test_an_output_folder_that_is_a_file_is_refused(tiny_base, sources, tmp_path
     ("changed", "message"),
     [
         ({"continual": ["proze"]}, "Unknown dataset 'proze'. Closest: 'prose'"),
-        ({"calibration_blocks": 5000}, "validation blocks of 16 tokens, but 5000 are needed"),
+        ({"calibration_blocks": 5000}, "blocks of 16 tokens in its split 'validation', but 5000 are needed"),
         ({"first_adapted_block": 2}, "first_adapted_block is 2, but .* has the blocks 0 to 1"),
         ({"model_name": "no-such-model"}, "Unknown model 'no-such-model'"),
     ],

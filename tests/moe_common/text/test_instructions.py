@@ -3,8 +3,8 @@
 import pytest
 from transformers import AutoTokenizer
 
-from dylo_moe.training.instructions import encode_conversation, encode_examples, is_instruction, with_chat_template
 from moe_common.models.base_model import COMMITTED_FOLDER
+from moe_common.text.instructions import encode_conversation, encode_examples, is_instruction, with_chat_template
 from moe_common.text.packing import IGNORED_LABEL
 
 CHAT = [
