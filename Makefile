@@ -52,7 +52,7 @@ test-all: lint $(DATA) ## run all tests, and PEFT's own
 .PHONY: test-upstream
 test-upstream: $(UPSTREAM) ## run PEFT's own LoRA tests on its release and on the fork; the same must pass
 	@echo "== running PEFT's own LoRA tests on its release and on the fork"
-	$(VENV_PYTHON) peft/upstream_tests.py
+	$(VENV_PYTHON) peft/fork.py test
 
 .PHONY: bench
 bench: $(DATA) ## run the benchmarks: ratios, each measured in one process

@@ -6,6 +6,7 @@
     python peft/fork.py rebase 0.22.0      move the queue to another release
     python peft/fork.py pr ~/src/peft      write the series onto a branch of a checkout of upstream
     python peft/fork.py verify ~/src/peft  prove that each commit of that branch stands alone
+    python peft/fork.py test               run PEFT's own LoRA tests on the release and on the fork
 
 It is also the PEP 517 build backend that `pip install ./peft` runs: each hook builds first and then leaves the rest
 to setuptools.
@@ -26,6 +27,7 @@ from fork_tool.moves import NewPatch, drop, rebase, refresh, removed_lines, take
 from fork_tool.pull_request import write_pull_request
 from fork_tool.release import ForkError
 from fork_tool.tree import Fork, build, is_leftover, own_files, read_manifest, stray_files
+from fork_tool.upstream_tests import FILES, REQUIREMENTS, compare
 
 
 HERE = Fork(Path(__file__).resolve().parent)
@@ -103,6 +105,16 @@ def _verify(fork: Fork, options: argparse.Namespace) -> int:
     return 1 if any(verdict.wrong for verdict in verdicts) else 0
 
 
+def _test(fork: Fork, options: argparse.Namespace) -> int:
+    if options.requirements:
+        print(" ".join(REQUIREMENTS))
+        return 0
+    output = options.output or fork.state / "upstream-tests"
+    text, same = compare(fork, output, files=options.select, workers=options.workers, again=options.again)
+    print(f"{text}\nwritten to {output}: summary.txt, pristine.xml, fork.xml")
+    return 0 if same else 1
+
+
 def _parser() -> argparse.ArgumentParser:
     about, calls = __doc__.split("\n\n")[:2]
     one_line = partial(argparse.RawDescriptionHelpFormatter, max_help_position=32, width=160)
@@ -151,6 +163,21 @@ def _parser() -> argparse.ArgumentParser:
         "--tests", choices=("none", "own", "all"), default="all", help="tests to run: none, ours, or also upstream's"
     )
     proving.add_argument("--workers", type=int, default=2, help="processes that run tests (default: %(default)s)")
+    testing = command(
+        "test", _test, "Run PEFT's own LoRA tests on the pristine release and on the fork; the same tests must pass."
+    )
+    testing.add_argument("--workers", type=int, default=2, help="processes of a side (default: %(default)s)")
+    testing.add_argument("--output", type=Path, help="folder of the reports; by default .fork/upstream-tests")
+    testing.add_argument("--again", action="store_true", help="run the pristine side even when its report is kept")
+    testing.add_argument(
+        "--select",
+        nargs="+",
+        default=FILES,
+        choices=FILES,
+        metavar="FILE",
+        help="only these test files; by default all of LoRA's",
+    )
+    testing.add_argument("--requirements", action="store_true", help="print the packages the tests need, and stop")
     return parser
 
 

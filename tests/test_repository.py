@@ -140,7 +140,7 @@ def test_the_project_and_the_fork_need_the_same_python():
 
 
 def test_the_extra_for_upstreams_tests_is_what_they_say_they_need():
-    command = [sys.executable, "peft/upstream_tests.py", "--requirements"]
+    command = [sys.executable, "peft/fork.py", "test", "--requirements"]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     extra = read_toml("pyproject.toml")["project"]["optional-dependencies"]["upstream"]
     assert sorted(said) == sorted(Requirement(line).name for line in extra)

@@ -1,13 +1,12 @@
 """The text of a skill for a continual run: blocks to train on at each visit, to calibrate with, and to measure on."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from datasets import Dataset
 
-from dylo_moe.training.reading_order import enough_texts, reading_order
-from moe_common.text.documents import load_documents
-from moe_common.text.packing import pack_documents
+from moe_common.text.reading import read_blocks
 
 HeldOut = Literal["test", "validation"]
 
@@ -56,25 +55,17 @@ def read_skill(
         ValueError: unknown or empty data, or not enough of it to calibrate, to measure or to train.
     """
 
-    def read(split: str, count: int, at_least: int) -> Dataset:
-        blocks = _read_blocks(name, split, tokenizer, count, block_size, seed)
-        if len(blocks) < at_least:
-            raise ValueError(
-                f"{name} has {len(blocks)} {split} blocks of {block_size} tokens, but {at_least} are needed. Give "
-                "more text, or a smaller max_seq_length."
-            )
-        return blocks
-
-    train = read("train", num_visits * blocks_a_visit, at_least=1)
+    read = partial(read_blocks, name, tokenizer=tokenizer, block_size=block_size, seed=seed)
+    train = read("train", max_blocks=num_visits * blocks_a_visit)
     visits = [
         train.select([i % len(train) for i in range(visit * blocks_a_visit, (visit + 1) * blocks_a_visit)])
         for visit in range(num_visits)
     ]
-    calibration = read("validation", 4 * calibration_blocks, at_least=calibration_blocks)
+    calibration = read("validation", max_blocks=4 * calibration_blocks, at_least=calibration_blocks)
     return SkillText(
         visits=visits,
         calibration=spread(calibration, calibration_blocks),
-        measured=read(measured_split, measured_blocks, at_least=1),
+        measured=read(measured_split, max_blocks=measured_blocks),
     )
 
 
@@ -82,10 +73,3 @@ def spread(blocks: Dataset, count: int) -> Dataset:
     """So many blocks, evenly spread over all: neighbours are often of one document."""
     count = min(count, len(blocks))
     return blocks.select([i * len(blocks) // count for i in range(count)])
-
-
-def _read_blocks(name: str, split: str, tokenizer, count: int, block_size: int, seed: int) -> Dataset:
-    documents = load_documents(name, split)["text"]
-    texts = enough_texts((documents[i] for i in reading_order(len(documents), seed)), count * block_size)
-    blocks = pack_documents(texts, tokenizer, block_size=block_size, keep_remainder=False)
-    return blocks.select(range(min(count, len(blocks))))

@@ -1,17 +1,15 @@
 """Training shared by the growing mixture and its baselines: so many steps on blocks, with transformers' Trainer."""
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from datasets import Dataset
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers import Trainer, TrainerCallback
 
-logger = logging.getLogger(__name__)
+from moe_common.runs.trainer_arguments import trainer_arguments
+from moe_common.runs.trainer_callbacks import log_in_lines
 
 
 def train_steps(
@@ -45,43 +43,25 @@ def train_steps(
     Returns:
         The mean training loss, nats a token.
     """
-    arguments = TrainingArguments(
-        output_dir=str(scratch),
+    arguments = trainer_arguments(
+        scratch,
         max_steps=num_steps,
         per_device_train_batch_size=batch_size,
         bf16=bf16,
         logging_steps=max(1, num_steps // 5),
         save_strategy="no",
-        report_to=[],
         disable_tqdm=True,
         seed=seed,
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
     )
-    callbacks: list[TrainerCallback] = [_Log(name, num_steps)]
-    if at_step:
-        callbacks.append(_AtStep(at_step))
     trainer = Trainer(
-        model=model, args=arguments, train_dataset=blocks, optimizers=(optimizer, scheduler), callbacks=callbacks
+        model=model,
+        args=arguments,
+        train_dataset=blocks,
+        optimizers=(optimizer, scheduler),
+        callbacks=[_AtStep(at_step or {})],
     )
-    for spoken in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(spoken)
+    log_in_lines(trainer, name)
     return trainer.train().training_loss
-
-
-class _Log(TrainerCallback):
-    """One line now and then: steps, loss, learning rate."""
-
-    def __init__(self, name: str, num_steps: int) -> None:
-        self.name = name
-        self.num_steps = num_steps
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if logs and "loss" in logs:
-            loss, rate = float(logs["loss"]), float(logs["learning_rate"])
-            logger.info(
-                "%s: step %d of %d loss %.3f lr %.1e", self.name, state.global_step, self.num_steps, loss, rate
-            )
 
 
 class _AtStep(TrainerCallback):

@@ -18,7 +18,6 @@ import torch
 from peft import PeftModel
 
 from dylo_moe.evaluate.humaneval import Outcome, complete_problems, load_problems, run_tests, write_samples
-from dylo_moe.evaluate.lm_eval_tasks import find_tasks, run_tasks
 from dylo_moe.evaluate.unfinished import Unfinished
 from dylo_moe.model import SETTINGS as GROWING_SETTINGS
 from dylo_moe.model import DyLoRA_MoE
@@ -27,6 +26,7 @@ from dylo_moe.training.data import DataConfig, prepare
 from dylo_moe.training.run_settings import SETTINGS
 from moe_common.models.base_identity import BaseIdentity
 from moe_common.models.base_model import Quantization, load_base_model
+from moe_common.models.lm_eval_tasks import find_tasks, run_tasks
 from moe_common.models.perplexity import measure_blocks
 from moe_common.runs.checkpoints import BASE, check_base
 from moe_common.runs.commands import run_command

@@ -22,7 +22,6 @@ from dylo_moe.training.adapters import MixtureConfig, add_lora_of_size, add_mixt
 from dylo_moe.training.comparison_report import LORA, MIXTURE, PICTURE, RESULTS, describe_adapter
 from dylo_moe.training.data import DataConfig, PreparedData, prepare, reads_conversations
 from dylo_moe.training.expert_usage import draw_usage, usage_by_block
-from dylo_moe.training.instructions import render_question
 from dylo_moe.training.run_settings import SETTINGS, refuse_other_settings
 from dylo_moe.training.throughput import tokens_per_second
 from dylo_moe.training.trainer import CHECKPOINTS, TrainingConfig, forget_training, is_trained, train_adapter
@@ -33,6 +32,7 @@ from moe_common.runs.drawing import load_pyplot
 from moe_common.runs.whole_files import write_json
 from moe_common.text.batches import TurnTakingSampler, collate
 from moe_common.text.documents import load_documents
+from moe_common.text.instructions import render_question
 from moe_common.text.packing import keeps_documents_apart
 
 logger = logging.getLogger(__name__)

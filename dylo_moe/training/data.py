@@ -1,7 +1,7 @@
 """What a run reads: the datasets it names, each as rows of tokens and labels, and how many of what it holds.
 
 Built-in domains are plain text. So is a dataset without conversations, with `--as_text`, or with a `--text_column`.
-Anything else with `messages` or `prompt` and `response` is instruction data (`dylo_moe/training/instructions.py`).
+Anything else with `messages` or `prompt` and `response` is instruction data (`moe_common/text/instructions.py`).
 """
 
 import logging
@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 
 from datasets import Dataset
 
-from dylo_moe.training.instructions import encode_examples, is_instruction
-from dylo_moe.training.reading_order import enough_texts, reading_order
 from moe_common.runs.options import check_at_least, split_names
 from moe_common.text.documents import DOMAINS, Part, load_documents
+from moe_common.text.instructions import encode_examples, is_instruction
 from moe_common.text.packing import IGNORED_LABEL, pack_apart, pack_documents
+from moe_common.text.reading import enough_texts, reading_order
 
 logger = logging.getLogger(__name__)
 

@@ -23,6 +23,7 @@ from moe_common.runs.checkpoints import (
     save_base_identity,
 )
 from moe_common.runs.options import check_at_least, split_names
+from moe_common.runs.trainer_arguments import trainer_arguments
 from moe_common.runs.whole_files import write_json
 from moe_common.text.batches import TurnTakingSampler, collate
 from moe_common.text.packing import IGNORED_LABEL
@@ -121,10 +122,9 @@ def training_arguments(config: TrainingConfig, folder: Path, *, num_rows: int, v
         num_rows: training rows, from which the steps of the warm-up follow.
         validated: whether there is validation data, to be measured whenever a checkpoint is written.
     """
-    on_gpu = torch.cuda.is_available()
     recompute = {"use_reentrant": False} if config.gradient_checkpointing else None
-    arguments = TrainingArguments(
-        output_dir=str(folder / CHECKPOINTS),
+    arguments = trainer_arguments(
+        folder / CHECKPOINTS,
         num_train_epochs=config.num_epochs,
         max_steps=config.num_steps or -1,
         per_device_train_batch_size=config.train_batch_size,
@@ -137,7 +137,6 @@ def training_arguments(config: TrainingConfig, folder: Path, *, num_rows: int, v
         fp16=config.fp16,
         logging_steps=config.logging_steps,
         save_steps=config.save_steps,
-        save_total_limit=2,
         eval_strategy="steps" if validated else "no",
         eval_steps=config.save_steps,
         load_best_model_at_end=config.early_stopping_patience is not None,
@@ -145,13 +144,9 @@ def training_arguments(config: TrainingConfig, folder: Path, *, num_rows: int, v
         report_to=config.trackers,
         run_name=folder.name,
         seed=config.seed,
-        label_names=["labels"],
-        remove_unused_columns=False,  # position_ids restart with each document
         # Every expert has a gradient, zero where it got no token; and looking for unused parameters makes DDP build
         # the outputs anew, which fails because they hold the router's losses beside what their class knows.
         ddp_find_unused_parameters=False,
-        use_cpu=not on_gpu,
-        dataloader_pin_memory=on_gpu,
         **({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": recompute} if recompute else {}),
     )
     arguments.warmup_steps = max(1, config.total_steps(num_rows, arguments.world_size) // 20)

@@ -1,1 +1,1 @@
-"""Base models by name, their identity, and their perplexity."""
+"""Base models by name, their identity, and how good they are: held-out loss, tasks of lm-eval."""

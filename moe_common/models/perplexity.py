@@ -3,7 +3,7 @@
 The mean runs over all predicted tokens of the text, not over batches or documents, and padding is left out. It is
 taken from the logits and not from `outputs.loss`, because a routed model adds its balance losses to the latter.
 
-Shape letters: B blocks in a batch, L tokens in a block, V vocabulary.
+Shape letters: N blocks, B blocks in a batch, L tokens in a block, V vocabulary.
 """
 
 import math
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from datasets import Dataset
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from moe_common.text.batches import batches_of
@@ -65,9 +66,27 @@ def measure_texts(
     return measure_blocks(model, blocks, batch_size=batch_size)
 
 
-@torch.no_grad()
 def measure_blocks(model, blocks: Dataset, *, batch_size: int = 8) -> HeldOutLoss:
     """Sum the negative log-likelihood of every labelled token given those before it in its block.
+
+    Args:
+        model, blocks, batch_size: as in `block_losses`.
+
+    Raises:
+        ValueError: not one token can be predicted.
+    """
+    total_nll, num_tokens = block_losses(model, blocks, batch_size=batch_size).sum(dim=0).tolist()
+    if num_tokens == 0:
+        raise ValueError(
+            f"The {len(blocks)} blocks hold no token to predict: every label after the first is -100. "
+            "Give longer text, or check the labels."
+        )
+    return HeldOutLoss(total_nll=total_nll, num_tokens=int(num_tokens))
+
+
+@torch.no_grad()
+def block_losses(model, blocks: Dataset, *, batch_size: int = 8) -> Tensor:
+    """The loss of each block, in nats, and the number of its predicted tokens: float64 [N, 2].
 
     The model is put into eval mode and given back in the mode it came in.
 
@@ -75,32 +94,29 @@ def measure_blocks(model, blocks: Dataset, *, batch_size: int = 8) -> HeldOutLos
         model: any causal language model of transformers, with or without PEFT adapters.
         blocks: rows as `moe_common.text.batches.collate` takes them, all of one kind; labels of -100 do not count.
         batch_size: blocks at once.
-
-    Raises:
-        ValueError: not one token can be predicted.
     """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    total_nll, num_tokens = 0.0, 0
+    sums = []
     try:
         for batch in batches_of(blocks, batch_size, device):
             labels_BL = batch.pop("labels")[:, 1:]
-            logits_BLV = model(**batch).logits
-            # fp32: a log-softmax in bf16 is off by more than the differences one wants to see.
-            nll = cross_entropy(
-                logits_BLV[:, :-1].float().flatten(0, 1),
-                labels_BL.flatten(),
-                ignore_index=IGNORED_LABEL,
-                reduction="sum",
-            )
-            total_nll += nll.item()
-            num_tokens += int((labels_BL != IGNORED_LABEL).sum())
+            losses_BL = token_losses(model(**batch).logits[:, :-1], labels_BL)
+            counts_B = (labels_BL != IGNORED_LABEL).sum(dim=1)
+            sums.append(torch.stack([losses_BL.double().sum(dim=1), counts_B.double()], dim=1).cpu())
     finally:
         model.train(was_training)
-    if num_tokens == 0:
-        raise ValueError(
-            f"The {len(blocks)} blocks hold no token to predict: every label after the first is -100. "
-            "Give longer text, or check the labels."
-        )
-    return HeldOutLoss(total_nll=total_nll, num_tokens=num_tokens)
+    return torch.cat(sums)
+
+
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """The loss at every place [...], in nats; zero where the label is -100.
+
+    Args:
+        logits: [..., V].
+        labels: [...], aligned with the predictions.
+    """
+    # fp32: a log-softmax in bf16 is off by more than the differences one wants to see.
+    nll = cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="none")
+    return nll.view(labels.shape)

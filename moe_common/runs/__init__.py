@@ -1,1 +1,1 @@
-"""What a command and its run need: options, checkpoints, whole files, downloads."""
+"""What a command and its run need: options, training, checkpoints, whole files, downloads."""

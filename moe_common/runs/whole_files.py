@@ -38,8 +38,7 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
         FileExistsError: something other than an empty folder is in that place, before the block or after it.
     """
     path = Path(path)
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise FileExistsError(f"{path} is there already. Name another folder, or remove it.")
+    check_free(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -56,6 +55,17 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
             raise FileExistsError(f"{path} was made by another program meanwhile.") from taken
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_free(folder: str | Path) -> None:
+    """Refuse an output folder that holds something, before anything is computed for it.
+
+    Raises:
+        FileExistsError: something other than an empty folder is in that place.
+    """
+    folder = Path(folder)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise FileExistsError(f"{folder} is there already. Name another folder, or remove it.")
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -1,1 +1,1 @@
-"""Text: documents by name, packing into blocks, batches."""
+"""Text: documents by name, conversations, packing into blocks, batches."""

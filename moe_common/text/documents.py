@@ -20,6 +20,8 @@ from typing import Any, Literal, get_args
 
 from datasets import Dataset, get_dataset_split_names, load_dataset
 from datasets.exceptions import DatasetNotFoundError
+from pyarrow import ArrowInvalid
+from pyarrow.parquet import ParquetFile
 
 from moe_common.runs.downloads import DownloadError, cache_folder
 from moe_common.runs.options import PlainParser
@@ -112,18 +114,28 @@ def _looks_like_a_path(name: str) -> bool:
 def _read_path(path: Path, split: Part, text_column: str | None) -> list[dict[str, Any]]:
     if path.is_file():
         return _of_split(_read_file(path, text_column, by_paragraph=True), split)
-    suffixes = TABLE_SUFFIXES + TEXT_SUFFIXES
-    files = sorted(file for file in path.rglob("*") if file.suffix in suffixes and file.is_file())
-    if not files:
-        raise ValueError(f"The folder {path} holds no file to read. Expected one of {', '.join(suffixes)}.")
-    named = {file: part for file in files if (part := _split_named_by(file)) is not None}
+    files = files_in(path)
+    named = {file: part for file in files if (part := split_named_by(file)) is not None}
     if named:
         files = [file for file, part in named.items() if part in _parts(split)]
         return [row for file in files for row in _read_file(file, text_column, by_paragraph=True)]
     return _of_split((row for file in files for row in _read_file(file, text_column, by_paragraph=False)), split)
 
 
-def _split_named_by(file: Path) -> Split | None:
+def files_in(folder: Path) -> list[Path]:
+    """The files of a folder and of those below it that can be read.
+
+    Raises:
+        ValueError: there are none.
+    """
+    suffixes = TABLE_SUFFIXES + TEXT_SUFFIXES
+    files = sorted(file for file in folder.rglob("*") if file.suffix in suffixes and file.is_file())
+    if not files:
+        raise ValueError(f"The folder {folder} holds no file to read. Expected one of {', '.join(suffixes)}.")
+    return files
+
+
+def split_named_by(file: Path) -> Split | None:
     """The split a file is named for: `train.jsonl`, `validation-0001.parquet`, `test_a.txt`; a program never is."""
     first_word = re.split(r"[-_.]", file.stem)[0].lower()
     return first_word if first_word in SPLITS and file.suffix != ".py" else None
@@ -141,7 +153,7 @@ def _read_file(path: Path, text_column: str | None, *, by_paragraph: bool) -> It
         pieces = re.split(r"\n\s*\n", text) if by_paragraph and path.suffix != ".py" else [text]
         return ({"text": piece.strip("\n")} for piece in pieces if piece.strip())
     if path.suffix == ".jsonl":
-        rows = _read_jsonl(path)
+        rows = read_jsonl(path)
     elif path.suffix == ".parquet":
         rows = _read_parquet(path)
     else:
@@ -158,7 +170,12 @@ def _read_text(path: Path) -> str:
         raise ValueError(f"{path} is not UTF-8 text (byte {wrong.start}). Convert it to UTF-8.") from wrong
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each line that is not empty as a row, behind the words that say where it stands.
+
+    Raises:
+        ValueError: the file is not UTF-8, or a line is not a JSON object.
+    """
     for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
@@ -175,16 +192,21 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield where, row
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    from pyarrow import ArrowInvalid
-    from pyarrow.parquet import ParquetFile
+def open_parquet(path: Path) -> ParquetFile:
+    """A Parquet file of pyarrow.
 
+    Raises:
+        ValueError: it is none.
+    """
     try:
-        batches = ParquetFile(path).iter_batches()
+        return ParquetFile(path)
     except ArrowInvalid as wrong:
         raise ValueError(f"{path} is not a Parquet file: {wrong}") from wrong
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     number = 0
-    for batch in batches:
+    for batch in open_parquet(path).iter_batches():
         for row in batch.to_pylist():
             number += 1
             yield f"{path}, row {number}", row

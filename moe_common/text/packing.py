@@ -9,6 +9,7 @@ Shape letters: N blocks, L tokens in a block, V vocabulary.
 """
 
 from collections.abc import Iterable
+from itertools import islice
 
 import numpy as np
 import torch
@@ -122,22 +123,17 @@ def keeps_documents_apart(model) -> bool:
     return bool(change_L[half:].max() <= 0.01 * change_L[:half].max())
 
 
-def token_stream(texts: Iterable[str], tokenizer) -> np.ndarray:
-    """All documents' tokens in one row (int64), an end-of-text token after each document."""
+def token_stream(texts: Iterable[str], tokenizer, *, enough: int | None = None) -> np.ndarray:
+    """The documents' tokens in one row (int64), an end-of-text token after each document.
+
+    Args:
+        texts, tokenizer: as in `pack_documents`.
+        enough: tokens after which no more documents need to be read.
+    """
     stream: list[int] = []
-    for batch in _in_batches(texts, TOKENIZE_AT_ONCE):
+    texts = iter(texts)
+    while (enough is None or len(stream) < enough) and (batch := list(islice(texts, TOKENIZE_AT_ONCE))):
         for document in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
             stream.extend(document)
             stream.append(tokenizer.eos_token_id)
     return np.asarray(stream, dtype=np.int64)
-
-
-def _in_batches(items: Iterable[str], size: int) -> Iterable[list[str]]:
-    batch: list[str] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

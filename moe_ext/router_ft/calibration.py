@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_common.runs.options import split_names
-from moe_common.text.documents import Part, load_documents
-from moe_common.text.packing import pack_documents
+from moe_common.text.documents import Part
+from moe_common.text.reading import read_blocks
 
 LONGEST_DEFAULT = 2048  # tokens; shorter where the model's context is
 
@@ -85,13 +85,7 @@ def text_blocks(
     chosen = []
     for place, source in enumerate(sources):
         wanted, before = (_share(count, place, len(sources)) for count in (num_blocks, skip))
-        documents = load_documents(source, split)["text"]
-        blocks = pack_documents(documents, tokenizer, block_size=block_size, keep_remainder=False)
-        if len(blocks) < wanted + before:
-            raise ValueError(
-                f"{source} has {len(blocks)} blocks of {block_size} tokens in its split '{split}', but "
-                f"{wanted + before} are needed. Give more text, fewer blocks (nsamples) or shorter ones (seqlen)."
-            )
+        blocks = read_blocks(source, split, tokenizer, block_size=block_size, at_least=wanted + before)
         order = torch.randperm(len(blocks), generator=generator)[before : before + wanted]
         if wanted:
             chosen.append(torch.tensor(blocks.select(order.tolist())["input_ids"]))

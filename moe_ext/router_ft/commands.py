@@ -11,16 +11,18 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from moe_common.models.base_model import default_device
+from moe_common.models.lm_eval_tasks import find_tasks, run_tasks
 from moe_common.runs.options import check_at_least, split_names
-from moe_common.runs.whole_files import whole_folder, write_json
+from moe_common.runs.whole_files import check_free, write_json
 from moe_common.text.documents import Part
+from moe_common.text.reading import read_blocks
 from moe_ext.gptq import BLOCK_SIZE, DAMP
 from moe_ext.moe_models import MODEL_HELP, SMALL_MOE, context_of, load_moe
 from moe_ext.router_ft.allocation import Sensitivity, allocate
 from moe_ext.router_ft.alpha import Estimate, alpha_table, read_alpha_csv, write_alpha_csv
 from moe_ext.router_ft.calibration import CalibrationConfig, block_length, text_blocks
 from moe_ext.router_ft.checkpoint import RECORD, save_checkpoint, save_with_routers
-from moe_ext.router_ft.evaluate import HeldOut, evaluate_tasks, losses_by_source, summary
+from moe_ext.router_ft.evaluate import losses_by_source, summary
 from moe_ext.router_ft.finetune import FinetuneConfig, finetune_routers
 from moe_ext.router_ft.formats import bits_per_weight
 from moe_ext.router_ft.load import export_pt, load
@@ -31,18 +33,8 @@ from moe_ext.router_ft.quantize import Method, quantize_model
 
 logger = logging.getLogger(__name__)
 
+BATCH_SIZE = 8  # of what is measured
 DEFAULT_FORMATS = "BF16,MXFP8,MXFP4,INT4,INT3"
-
-
-def check_free(folder: str) -> None:
-    """Refuse an output folder that holds something before anything is computed for it.
-
-    Raises:
-        FileExistsError: it is not empty.
-    """
-    with whole_folder(folder):
-        pass
-    Path(folder).rmdir()
 
 
 def calibration_blocks(config: CalibrationConfig, model: PreTrainedModel, tokenizer) -> torch.Tensor:
@@ -223,7 +215,7 @@ class EvaluateOptions:
         default=None, metadata={"help": "Blocks of each source to measure on, the first ones; by default all."}
     )
     tasks: str = field(default="", metadata={"help": "Tasks of lm-eval, comma separated."})
-    tasks_dir: str | None = field(default=None, metadata={"help": "Folder of task descriptions with their data."})
+    include_path: str | None = field(default=None, metadata={"help": "Folder with task files of your own."})
     limit: int | None = field(default=None, metadata={"help": "Documents of each task; by default all."})
     device: str = field(default_factory=default_device, metadata={"help": "Device to compute on."})
 
@@ -233,6 +225,8 @@ class EvaluateOptions:
 
 def run_evaluate(options: EvaluateOptions) -> str:
     """Write perplexities and task results."""
+    tasks = split_names(options.tasks)
+    manager = find_tasks(tasks, include_path=options.include_path) if tasks else None
     if is_checkpoint(options.checkpoint):
         loaded = load(options.checkpoint)
         model, tokenizer = loaded.model, loaded.tokenizer
@@ -241,12 +235,13 @@ def run_evaluate(options: EvaluateOptions) -> str:
     else:
         model, tokenizer = load_moe(options.checkpoint)
     length = block_length(CalibrationConfig(seqlen=options.seqlen), context_of(model))
-    sources = split_names(options.dataset)
-    held_out = HeldOut.read(sources, options.split, tokenizer, block_size=length, max_blocks=options.max_blocks)
+    held_out = {
+        source: read_blocks(source, options.split, tokenizer, block_size=length, max_blocks=options.max_blocks)
+        for source in split_names(options.dataset)
+    }
     results: dict[str, Any] = summary(losses_by_source(model.to(options.device), held_out))
-    if options.tasks:
-        tasks = split_names(options.tasks)
-        results["tasks"] = evaluate_tasks(model, tokenizer, tasks, tasks_dir=options.tasks_dir, limit=options.limit)
+    if manager is not None:
+        results["tasks"] = run_tasks(model, tokenizer, tasks, manager, limit=options.limit, batch_size=BATCH_SIZE)
     write_json(options.output, {"options": asdict(options), **results})
     perplexities = ", ".join(f"{source} {value:.3f}" for source, value in results["perplexity"].items())
     scores = "".join(

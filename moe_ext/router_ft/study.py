@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -22,11 +23,12 @@ from moe_common.models.base_model import default_device
 from moe_common.runs.options import check_at_least
 from moe_common.runs.whole_files import write_json
 from moe_common.text.documents import Part
+from moe_common.text.reading import read_blocks
 from moe_ext.moe_models import MODEL_HELP, SMALL_MOE, context_of, load_moe
 from moe_ext.router_ft.allocation import allocate
 from moe_ext.router_ft.alpha import alpha_table
 from moe_ext.router_ft.calibration import CalibrationConfig, block_length, text_blocks
-from moe_ext.router_ft.evaluate import HeldOut, losses_by_source, mean_loss
+from moe_ext.router_ft.evaluate import losses_by_source, mean_loss
 from moe_ext.router_ft.finetune import FinetuneConfig, finetune_routers
 from moe_ext.router_ft.formats import FORMATS
 from moe_ext.router_ft.matrices import Matrix, find_matrices
@@ -80,9 +82,10 @@ def prepare(options: StudyOptions) -> "Study":
     blocks_NL = text_blocks(
         options.sources, "train", tokenizer, num_blocks=options.nsamples, block_size=length, seed=options.seed
     )
-    held_out = HeldOut.read(
-        options.sources, options.split, tokenizer, block_size=length, max_blocks=options.max_blocks
-    )
+    held_out = {
+        source: read_blocks(source, options.split, tokenizer, block_size=length, max_blocks=options.max_blocks)
+        for source in options.sources
+    }
     return Study(options, model.to(options.device), blocks_NL, held_out)
 
 
@@ -93,10 +96,10 @@ class Study:
         options: of the run.
         model: in full precision; it is copied for every change.
         blocks_NL: calibration text.
-        held_out: text that the table is measured on.
+        held_out: blocks by source that the table is measured on.
     """
 
-    def __init__(self, options: StudyOptions, model: PreTrainedModel, blocks_NL: Tensor, held_out: HeldOut):
+    def __init__(self, options: StudyOptions, model: PreTrainedModel, blocks_NL: Tensor, held_out: dict[str, Dataset]):
         self.options, self.model, self.blocks_NL, self.held_out = options, model, blocks_NL, held_out
         self.folder = Path(options.output) / RESULTS
         self.matrices: list[Matrix] = find_matrices(model)

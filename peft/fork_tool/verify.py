@@ -19,7 +19,7 @@ from fork_tool.patches import run_git
 from fork_tool.pull_request import CommitPlan, places, read_plan
 from fork_tool.release import ForkError, cache_folder, load_release
 from fork_tool.tree import Fork
-from upstream_tests import Side, differences, run_tests
+from fork_tool.upstream_tests import Side, differences, run_tests
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,8 +147,8 @@ def _tests(
         return "no tests", []
     expected = Side(outcomes={test: found for path in theirs for test, found in before[path].outcomes.items()}).named()
     side = run_tests(name, copy, own + theirs, workers, PEFT_PRISTINE=str(base / "src")).named()
-    hub = side.count("hub")
-    passed = f"{side.count('passed')} tests passed" + (f", {hub} could not run for want of the hub" if hub else "")
+    hub = sum(found == "hub" for found in side.outcomes.values())
+    passed = f"{len(side.passed())} tests passed" + (f", {hub} could not run for want of the hub" if hub else "")
     return passed, [
         f"{test}: {side.messages.get(test, side.outcomes.get(test, 'is gone'))}"
         for test in sorted(differences(expected, side))

@@ -11,12 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_common.runs.options import split_names
-from moe_common.text.documents import TABLE_SUFFIXES, TEXT_SUFFIXES, Part, load_documents
+from moe_common.text.documents import (
+    TABLE_SUFFIXES,
+    TEXT_SUFFIXES,
+    Part,
+    files_in,
+    load_documents,
+    open_parquet,
+    split_named_by,
+)
 from moe_common.text.domains import split_of
 
 logger = logging.getLogger(__name__)
-
-SPLIT_NAMES = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -53,8 +59,8 @@ def read_documents(sources: str, split: Part, *, text_column: str = "text") -> D
         if not path.exists():
             texts[source] = list(load_documents(source, split)["text"])
             continue
-        files = [path] if path.is_file() else _files_in(path)
-        named = {file: name for file in files if (name := _split_named_by(file))}
+        files = [path] if path.is_file() else files_in(path)
+        named = {file: name for file in files if (name := split_named_by(file))}
         asked = [file for file, name in named.items() if split in ("all", name)] if named else files
         held: list[str] = []
         for file in asked:
@@ -74,19 +80,6 @@ def read_documents(sources: str, split: Part, *, text_column: str = "text") -> D
     if unreadable:
         logger.warning("%d samples could not be read and are left out", unreadable)
     return Documents(texts, unreadable)
-
-
-def _files_in(folder: Path) -> list[Path]:
-    suffixes = (*TABLE_SUFFIXES, *TEXT_SUFFIXES)
-    files = sorted(file for file in folder.rglob("*") if file.suffix in suffixes and file.is_file())
-    if not files:
-        raise ValueError(f"The folder {folder} holds no file to read. Expected one of {', '.join(suffixes)}.")
-    return files
-
-
-def _split_named_by(file: Path) -> str | None:
-    first_word = file.stem.replace("_", "-").replace(".", "-").split("-")[0].lower()
-    return first_word if first_word in SPLIT_NAMES and file.suffix != ".py" else None
 
 
 def _samples_of(file: Path, text_column: str) -> Iterator[str | None]:
@@ -109,13 +102,7 @@ def _samples_of(file: Path, text_column: str) -> Iterator[str | None]:
 
 
 def _parquet_samples(file: Path, text_column: str) -> Iterator[str | None]:
-    from pyarrow import ArrowInvalid
-    from pyarrow.parquet import ParquetFile
-
-    try:
-        table = ParquetFile(file)
-    except ArrowInvalid as wrong:
-        raise ValueError(f"{file} is not a Parquet file: {wrong}") from wrong
+    table = open_parquet(file)
     columns = table.schema_arrow.names
     if text_column not in columns:
         raise ValueError(

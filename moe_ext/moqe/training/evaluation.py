@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from moe_common.models.perplexity import token_losses
 from moe_common.text.packing import IGNORED_LABEL
 from moe_ext.moqe.mixture.expert_set import ExpertSet
 from moe_ext.moqe.mixture.model import MoQEModel
@@ -157,7 +158,7 @@ def _losses_of_batch(
     if reference is not None:
         states = reference.states(batch["input_ids"], batch["attention_mask"])
         logits_BLV = reference.logits_of(states)[..., : experts.vocab_size]
-        losses[REFERENCE] = _cross_entropy(logits_BLV, batch["labels"].to(logits_BLV.device)).sum(-1)
+        losses[REFERENCE] = token_losses(logits_BLV, batch["labels"].to(logits_BLV.device)).sum(-1)
     states = experts.states(batch["input_ids"], batch["attention_mask"])
     singles_BLE = single_losses(experts, [state.to(device) for state in states], labels_BL)
     for number, name in enumerate(experts.names):
@@ -181,9 +182,3 @@ def _losses_of_batch(
     losses[ORACLE_SEQUENCE] = singles_BLE.sum(1).amin(-1)
     losses[ORACLE_TOKEN] = singles_BLE.amin(-1).sum(-1)
     return losses
-
-
-def _cross_entropy(logits_BLV: Tensor, labels_BL: Tensor) -> Tensor:
-    return torch.nn.functional.cross_entropy(
-        logits_BLV.float().transpose(1, 2), labels_BL, ignore_index=IGNORED_LABEL, reduction="none"
-    )

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
+from moe_common.models.perplexity import token_losses
 from moe_common.text.packing import IGNORED_LABEL
 from moe_ext.moqe.mixture.expert_set import ExpertSet
 
@@ -25,24 +25,13 @@ def mixed_losses(experts: ExpertSet, states: Sequence[Tensor], weights: Tensor, 
         weights: [..., E], or [E] for the same everywhere.
         labels: [...], aligned with the predictions.
     """
-    logits = experts.mix(states, weights.expand(*labels.shape, -1)).float()
-    return cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="none").view(
-        labels.shape
-    )
+    return token_losses(experts.mix(states, weights.expand(*labels.shape, -1)), labels)
 
 
 @torch.no_grad()
 def single_losses(experts: ExpertSet, states: Sequence[Tensor], labels: Tensor) -> Tensor:
     """The loss of every expert by itself at every place [..., E], in nats; zero where the label is -100."""
-    losses = [
-        cross_entropy(
-            experts.logits_of(number, state).float().flatten(0, -2),
-            labels.flatten(),
-            ignore_index=IGNORED_LABEL,
-            reduction="none",
-        ).view(labels.shape)
-        for number, state in enumerate(states)
-    ]
+    losses = [token_losses(experts.logits_of(number, state), labels) for number, state in enumerate(states)]
     return torch.stack(losses, dim=-1)
 
 

@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, SequentialSampler
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback
 
 from moe_common.runs.checkpoints import MarkCompleteCheckpoints
+from moe_common.runs.trainer_arguments import trainer_arguments
+from moe_common.runs.trainer_callbacks import Annealing, log_in_lines
 from moe_common.runs.whole_files import write_json
 from moe_ext.moqe.mixture.expert_set import ExpertSet
 from moe_ext.moqe.mixture.router import Router
@@ -39,6 +41,8 @@ class RouterTraining(nn.Module):
         router: the router.
         experts: whose embedding it reads and whose heads turn states into logits.
     """
+
+    accepts_loss_kwargs = True  # for Trainer: `num_items_in_batch` is among the arguments of `forward`
 
     def __init__(self, router: Router, experts: ExpertSet) -> None:
         super().__init__()
@@ -93,37 +97,6 @@ class StateRows(Dataset):
         return self.order[place]
 
 
-class Annealing(TrainerCallback):
-    """Sets the router's temperature before each step, along a straight line from the first step to the last."""
-
-    def __init__(self, router: Router) -> None:
-        self.router = router
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        config = self.router.config
-        progress = state.global_step / max(1, state.max_steps - 1)
-        self.router.current_temperature = config.temperature_start + progress * (
-            config.temperature - config.temperature_start
-        )
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.router.current_temperature = self.router.config.temperature
-
-
-class LogLines(TrainerCallback):
-    """Logs a line every few steps; the Trainer's own would go to where the result is printed."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if logs and "loss" in logs:
-            logger.info(
-                "step %d of %d loss %.4f lr %.2e",
-                state.global_step,
-                state.max_steps,
-                logs["loss"],
-                logs["learning_rate"],
-            )
-
-
 class DescribeCheckpoints(TrainerCallback):
     """Puts into each checkpoint what run it belongs to, so that it is never taken for one of other experts."""
 
@@ -133,21 +106,6 @@ class DescribeCheckpoints(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / RUN, self.run)
-
-
-class OrderedTrainer(Trainer):
-    """A Trainer that reads rows in the order of its dataset and counts tokens over accumulated batches."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.model_accepts_loss_kwargs = True
-
-    def _get_train_sampler(self, train_dataset=None):
-        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
-        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
 
 def reading_order(num_small: int, num_large: int, *, small_epochs: float, epochs: float, seed: int) -> list[int]:
@@ -211,10 +169,9 @@ def train_router(
     Returns:
         The number of optimiser steps.
     """
-    on_gpu = torch.cuda.is_available()
     steps = -(-len(order) // (options.batch_size * options.gradient_accumulation_steps))
-    arguments = TrainingArguments(
-        output_dir=str(folder),
+    arguments = trainer_arguments(
+        folder,
         num_train_epochs=1,
         per_device_train_batch_size=options.batch_size,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
@@ -224,27 +181,29 @@ def train_router(
         weight_decay=options.weight_decay,
         optim=OPTIMIZERS[options.optimizer],
         save_steps=options.save_steps,
-        save_total_limit=2,
         logging_steps=options.logging_steps,
-        report_to=[],
         seed=options.seed,
-        label_names=["labels"],
-        remove_unused_columns=False,
+        train_sampling_strategy="sequential",
         disable_tqdm=True,
-        use_cpu=not on_gpu,
-        dataloader_pin_memory=on_gpu,
     )
+    router_config = model.router.config
+
+    def anneal(progress: float) -> None:
+        first, last = router_config.temperature_start, router_config.temperature
+        model.router.current_temperature = first + progress * (last - first)
+
     model.router.gradient_checkpointing = options.gradient_checkpointing
-    trainer = OrderedTrainer(
+    trainer = Trainer(
         model=model,
         args=arguments,
         train_dataset=StateRows(order),
         data_collator=collate,
-        callbacks=[Annealing(model.router), LogLines(), DescribeCheckpoints(run), MarkCompleteCheckpoints()],
+        callbacks=[Annealing(anneal), DescribeCheckpoints(run), MarkCompleteCheckpoints()],
     )
-    trainer.remove_callback(PrinterCallback)
+    log_in_lines(trainer)
     if checkpoint is not None:
         logger.info("continuing from %s", checkpoint)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    model.router.current_temperature = router_config.temperature
     model.router.eval()
     return trainer.state.global_step

@@ -5,8 +5,8 @@ Shape letters: B rows, L tokens, V vocabulary.
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
+from moe_common.models.perplexity import token_losses
 from moe_ext.multi_token.model.mixture import MultiTokenMoE
 
 
@@ -15,6 +15,4 @@ def negative_log_likelihood(model: MultiTokenMoE, sequence_1L: Tensor, prompt_le
     """Nats a new token, of one sequence whose first `prompt_length` tokens were given."""
     tokens_1L = sequence_1L.to(model.backbone_device)
     logits_1LV = model.backbone(input_ids=tokens_1L, use_cache=False).logits
-    return cross_entropy(
-        logits_1LV[0, prompt_length - 1 : -1].float(), tokens_1L[0, prompt_length:], reduction="mean"
-    ).item()
+    return token_losses(logits_1LV[0, prompt_length - 1 : -1], tokens_1L[0, prompt_length:]).mean().item()

@@ -15,13 +15,12 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from moe_common.runs.options import split_names
-from moe_common.text.documents import Part, load_documents
+from moe_common.text.documents import Part, load_documents, read_jsonl
 from moe_common.text.domains import split_of
+from moe_common.text.instructions import render, with_chat_template
 from moe_common.text.packing import IGNORED_LABEL, pack_documents
 
 logger = logging.getLogger(__name__)
-
-PLAIN_PROMPT = "Question: {question}\nAnswer: "
 
 
 @dataclass(frozen=True)
@@ -88,22 +87,16 @@ def read_pairs(path: Path) -> list[Pair]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no data file {path}. Check the path given to --data.")
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as wrong:
-        raise ValueError(f"{path} is not UTF-8 text (byte {wrong.start}). Convert it to UTF-8.") from wrong
-    pairs = [_as_pair(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1) if line.strip()]
+    pairs = [_as_pair(row, where) for where, row in read_jsonl(path)]
     if not pairs:
         raise ValueError(f"{path} is empty. Give a file with at least one question and response.")
     return pairs
 
 
 def prompt_tokens(question: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """A question as the model is asked it: by the tokenizer's chat template, else in plain words."""
-    if tokenizer.chat_template is None:
-        return tokenizer(PLAIN_PROMPT.format(question=question))["input_ids"]
-    asked = [{"role": "user", "content": question}]
-    return tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)["input_ids"]
+    """A question as the model is asked it: by the tokenizer's chat template, or the default one where it has none."""
+    asked = render([{"role": "user", "content": question}], with_chat_template(tokenizer), add_generation_prompt=True)
+    return tokenizer(asked, add_special_tokens=False)["input_ids"]
 
 
 def to_rows(source: Source, tokenizer: PreTrainedTokenizerBase, *, length: int) -> Dataset:
@@ -122,7 +115,7 @@ def to_rows(source: Source, tokenizer: PreTrainedTokenizerBase, *, length: int) 
     for pair in source.pairs:
         answer = tokenizer(pair.response, add_special_tokens=False)["input_ids"]
         tokens = [*prompt_tokens(pair.question, tokenizer), *answer, tokenizer.eos_token_id][:length]
-        rows.append({"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": tokens})
+        rows.append(continued_row([], tokens))
     return Dataset.from_list(rows)
 
 
@@ -198,20 +191,12 @@ def _holds_pairs(name: str) -> bool:
     return not isinstance(row, dict) or not ({"text", "messages", "prompt", "instruction", "answer"} & row.keys())
 
 
-def _as_pair(line: str, where: str) -> Pair:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as wrong:
-        raise ValueError(
-            f"{where} is not JSON: {wrong.msg} at column {wrong.colno}. "
-            'Write {"question": "...", "response": "..."}.'
-        ) from wrong
+def _as_pair(row: dict, where: str) -> Pair:
     for column in ("question", "response"):
-        held = row.get(column) if isinstance(row, dict) else None
+        held = row.get(column)
         if held is None:
-            found = f"the columns {', '.join(row)}" if isinstance(row, dict) and row else f"{line.strip()[:40]}"
             raise ValueError(
-                f"{where} has no {column}: it holds {found}. "
+                f"{where} has no {column}: it holds the columns {', '.join(row) or 'none'}. "
                 'Each line must be {"question": "...", "response": "..."}.'
             )
         if not isinstance(held, str):

@@ -11,12 +11,13 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer
 
 from moe_common.runs.checkpoints import MarkCompleteCheckpoints, newest_complete, remove_incomplete
+from moe_common.runs.trainer_arguments import trainer_arguments
+from moe_common.runs.trainer_callbacks import Annealing
 from moe_common.text.batches import collate
 from moe_ext.multi_token.model.mixture import MultiTokenMoE, Stage, Training
 
@@ -62,10 +63,9 @@ def train_stage(model: MultiTokenMoE, rows: Dataset, settings: StageSettings, fo
     """
     for router in (model.router, model.copy_router):
         router.requires_grad_(settings.stage == "router")
-    on_gpu = torch.cuda.is_available()
     steps = max(1, round(settings.epochs * -(-len(rows) // settings.batch)))
-    arguments = TrainingArguments(
-        output_dir=str(folder),
+    arguments = trainer_arguments(
+        folder,
         num_train_epochs=settings.epochs,
         per_device_train_batch_size=settings.batch,
         learning_rate=settings.lr,
@@ -74,15 +74,13 @@ def train_stage(model: MultiTokenMoE, rows: Dataset, settings: StageSettings, fo
         weight_decay=0.0,
         bf16=settings.bf16,
         save_steps=settings.save_steps,
-        save_total_limit=2,
         logging_steps=settings.logging_steps,
-        report_to=[],
         seed=settings.seed,
-        label_names=["labels"],
-        remove_unused_columns=False,
-        use_cpu=not on_gpu,
-        dataloader_pin_memory=on_gpu,
     )
+
+    def set_progress(progress: float) -> None:
+        model.training_state = at_progress(settings.stage, progress, model.config)
+
     checkpoint = newest_complete(folder)
     if arguments.should_save:
         remove_incomplete(folder)
@@ -91,30 +89,12 @@ def train_stage(model: MultiTokenMoE, rows: Dataset, settings: StageSettings, fo
         args=arguments,
         train_dataset=rows,
         data_collator=collate,
-        callbacks=[Annealing(model, settings.stage), MarkCompleteCheckpoints()],
+        callbacks=[Annealing(set_progress), MarkCompleteCheckpoints()],
     )
     if checkpoint is not None:
         logger.info("continuing from %s", checkpoint)
     outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return outcome.training_loss
-
-
-class Annealing(TrainerCallback):
-    """Sets where training stands before each step, from the step's number alone.
-
-    Args:
-        model: whose `training_state` is set.
-        stage: what is trained.
-    """
-
-    def __init__(self, model: MultiTokenMoE, stage: Stage) -> None:
-        self.model = model
-        self.stage = stage
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.model.training_state = at_progress(
-            self.stage, state.global_step / max(1, state.max_steps - 1), self.model.config
-        )
 
 
 def at_progress(stage: Stage, progress: float, config) -> Training:
@@ -143,12 +123,12 @@ class StageTrainer(Trainer):
         self.num_summed = 0
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        outputs = model(**inputs)
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
         for name, value in outputs.items():
             if name != "loss":
                 self.sums[name] = self.sums.get(name, 0.0) + value.detach()
         self.num_summed += 1
-        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+        return (loss, outputs) if return_outputs else loss
 
     def log(self, logs, start_time=None):
         if "loss" in logs and self.num_summed:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from moe_common.models.perplexity import token_losses
 from moe_ext.router_study.analysis.measure import interval
 from moe_ext.router_study.collect.data import TokenRows
 from moe_ext.router_study.collect.wrapper import MoEModelWrapper
@@ -117,9 +118,8 @@ def row_losses(wrapper: MoEModelWrapper, rows: TokenRows, *, batch_size: int) ->
     for start in range(0, len(rows), batch_size):
         ids_BS = rows.ids_NS[start : start + batch_size].to(wrapper.device)
         mask_BS = rows.mask_NS[start : start + batch_size].to(wrapper.device)
-        logits_BSV = wrapper.forward(ids_BS, mask_BS)[:, :-1].float()
         counted_BS = mask_BS[:, 1:] & mask_BS[:, :-1]
-        losses_BS = torch.nn.functional.cross_entropy(logits_BSV.transpose(1, 2), ids_BS[:, 1:], reduction="none")
+        losses_BS = token_losses(wrapper.forward(ids_BS, mask_BS)[:, :-1], ids_BS[:, 1:])
         sums.append(torch.stack([(losses_BS * counted_BS).sum(dim=1), counted_BS.sum(dim=1)], dim=1).double().cpu())
     return torch.cat(sums)
 

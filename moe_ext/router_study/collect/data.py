@@ -20,8 +20,6 @@ from torch import Tensor
 from moe_common.text.documents import Part, load_documents
 from moe_common.text.packing import token_stream
 
-DOCUMENTS_AT_ONCE = 64
-
 
 @dataclass(frozen=True)
 class HubText:
@@ -124,18 +122,14 @@ class DatasetLoader:
             raise ValueError("The tokenizer has no end-of-text token to separate documents with. Set its eos_token.")
         num_rows = self.max_tokens // self.row_tokens
         needed = num_rows * self.row_tokens
-        stream: list[int] = []
-        for texts in _in_batches(self.load(source)):
-            stream.extend(token_stream(texts, self.tokenizer).tolist())
-            if len(stream) >= needed:
-                break
+        stream = token_stream(self.load(source), self.tokenizer, enough=needed)
         if len(stream) < needed:
             named = source if source == domain else f"{domain} ({source})"
             raise ValueError(
                 f"The text of {named} has {len(stream)} tokens, but {needed} are needed. Give more text, lower "
                 "max_tokens, or take another split."
             )
-        ids_NS = torch.tensor(stream[:needed]).view(num_rows, self.row_tokens)
+        ids_NS = torch.from_numpy(stream[:needed]).view(num_rows, self.row_tokens)
         return TokenRows(ids_NS, torch.ones_like(ids_NS, dtype=torch.bool))
 
 
@@ -169,14 +163,3 @@ def _stream(source: str, where: HubText) -> Iterator[str]:
             f"The hub dataset '{where.name}' ({source}) could not be read: {said}. Check the network, or give a "
             "built-in domain or a local file."
         ) from refused
-
-
-def _in_batches(texts: Iterator[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    for text in texts:
-        batch.append(text)
-        if len(batch) == DOCUMENTS_AT_ONCE:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

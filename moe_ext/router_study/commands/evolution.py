@@ -4,13 +4,13 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-from moe_common.runs.whole_files import whole_folder, write_json
+from moe_common.runs.whole_files import check_free, whole_folder, write_json
 from moe_ext.router_study.analysis.evolution import saturations
 from moe_ext.router_study.collect.data import parse_sources
 from moe_ext.router_study.collect.revisions import in_order, resolve_revision
 from moe_ext.router_study.options import EvolutionOptions
 from moe_ext.router_study.report.extra import check_drawing
-from moe_ext.router_study.report.folder import PAGE, about, check_free, versions, work_folder, write_drawn
+from moe_ext.router_study.report.folder import PAGE, about, versions, work_folder, write_drawn
 from moe_ext.router_study.report.saturation import saturation_drawing
 
 

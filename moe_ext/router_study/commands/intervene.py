@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from moe_common.runs.whole_files import whole_folder, write_json
+from moe_common.runs.whole_files import check_free, whole_folder, write_json
 from moe_ext.router_study.analysis.causal import Effect, intervene, overrule_for
 from moe_ext.router_study.collect.collector import ActivationCollector
 from moe_ext.router_study.collect.data import parse_sources
@@ -15,7 +15,7 @@ from moe_ext.router_study.collect.wrapper import MoEModelWrapper
 from moe_ext.router_study.options import InterveneOptions
 from moe_ext.router_study.report.drawings import Bars, Drawing, PerLayer, Series
 from moe_ext.router_study.report.extra import check_drawing
-from moe_ext.router_study.report.folder import PAGE, about, check_free, versions, work_folder, write_drawn
+from moe_ext.router_study.report.folder import PAGE, about, versions, work_folder, write_drawn
 
 KEPT = "effects.json"
 

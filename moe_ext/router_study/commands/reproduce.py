@@ -8,7 +8,7 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from moe_common.runs.whole_files import whole_folder, write_json, write_text
+from moe_common.runs.whole_files import check_free, whole_folder, write_json, write_text
 from moe_ext.router_study.analysis.evolution import Saturation, saturations
 from moe_ext.router_study.analysis.study import Study, run_study
 from moe_ext.router_study.collect.collector import ActivationCollector
@@ -18,7 +18,7 @@ from moe_ext.router_study.collect.wrapper import MoEModelWrapper
 from moe_ext.router_study.options import ReproduceOptions
 from moe_ext.router_study.report.extra import check_drawing
 from moe_ext.router_study.report.figures import figures_of
-from moe_ext.router_study.report.folder import PAGE, about, check_free, versions, work_folder, write_drawn
+from moe_ext.router_study.report.folder import PAGE, about, versions, work_folder, write_drawn
 from moe_ext.router_study.report.saturation import saturation_drawing
 from moe_ext.router_study.report.tables import as_json
 

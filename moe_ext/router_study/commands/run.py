@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from moe_common.runs.whole_files import whole_folder, write_json, write_text
+from moe_common.runs.whole_files import check_free, whole_folder, write_json, write_text
 from moe_ext.router_study.analysis.study import Study, run_study
 from moe_ext.router_study.collect.collector import ActivationCollector, forget
 from moe_ext.router_study.collect.data import parse_sources
@@ -14,7 +14,7 @@ from moe_ext.router_study.options import RunOptions
 from moe_ext.router_study.report.drawings import Drawing
 from moe_ext.router_study.report.extra import check_drawing
 from moe_ext.router_study.report.figures import figures_of
-from moe_ext.router_study.report.folder import PAGE, about, check_free, versions, work_folder, write_drawn
+from moe_ext.router_study.report.folder import PAGE, about, versions, work_folder, write_drawn
 from moe_ext.router_study.report.passages import passages_of
 from moe_ext.router_study.report.tables import as_json, write_favourites, write_figures
 from moe_ext.router_study.report.track import check_installed, log_scalars, scalars_of

@@ -39,13 +39,3 @@ def _threads() -> str:
 def work_folder(out: Path) -> Path:
     """Where a run keeps what it needs to go on."""
     return out.with_name(f"{out.name}.collecting")
-
-
-def check_free(folder: Path) -> None:
-    """Refuse an output folder that holds something before anything is computed for it.
-
-    Raises:
-        FileExistsError: it is not empty.
-    """
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise FileExistsError(f"{folder} is there already. Name another folder, or remove it.")

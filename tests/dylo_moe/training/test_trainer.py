@@ -66,7 +66,10 @@ def test_fp16_is_refused_without_a_gpu_and_says_what_to_use():
 def test_fp16_is_what_the_trainer_is_told_on_a_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     told = {}
-    monkeypatch.setattr(training, "TrainingArguments", lambda **options: told.update(options) or FakeArguments())
+    monkeypatch.setattr(
+        "moe_common.runs.trainer_arguments.TrainingArguments",
+        lambda **options: told.update(options) or FakeArguments(),
+    )
     arguments(tmp_path, fp16=True)
     assert (told["fp16"], told["bf16"]) == (True, False)
 

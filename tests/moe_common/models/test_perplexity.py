@@ -8,7 +8,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tiny_models import committed_tokenizer, tiny_model
 
-from moe_common.models.perplexity import measure_blocks, measure_texts
+from moe_common.models.perplexity import block_losses, measure_blocks, measure_texts
 from moe_common.text.packing import IGNORED_LABEL, pack_apart, pack_documents
 
 TOKENIZER = committed_tokenizer()
@@ -43,6 +43,17 @@ def test_it_is_the_token_loops(model, block_size, batch_size):
     assert found.num_tokens == count
     assert found.total_nll == pytest.approx(total, rel=1e-5)  # float32 sums
     assert found.perplexity == pytest.approx(math.exp(total / count), rel=1e-5)
+
+
+def test_each_block_has_its_own_loss_and_count(model):
+    blocks = pack_documents(TEXTS, TOKENIZER, block_size=13)  # the last one is padded
+    expected = [one_token_at_a_time(model, [block]) for block in blocks]
+    torch.testing.assert_close(
+        block_losses(model, blocks, batch_size=2),
+        torch.tensor(expected, dtype=torch.float64),
+        rtol=1e-5,  # float32 losses
+        atol=0,
+    )
 
 
 def test_one_whole_block_is_the_models_own_loss(model):

@@ -49,6 +49,14 @@ def test_an_end_of_text_token_stands_after_each_document_and_nowhere_else():
     assert TOKENIZER.decode(stream).split(TOKENIZER.eos_token) == ["one", "two three", "four", ""]
 
 
+def test_a_stream_stops_reading_where_there_are_tokens_enough():
+    texts = [f"document {n}" for n in range(1000)]
+    unread = iter(texts)
+    stream = token_stream(unread, TOKENIZER, enough=600)
+    assert len(stream) >= 600 and 0 < len(list(unread)) < 1000
+    np.testing.assert_array_equal(stream, token_stream(texts, TOKENIZER)[: len(stream)])
+
+
 def test_a_tokenizer_without_an_end_of_text_token_is_refused():
     tokenizer = committed_tokenizer()
     tokenizer.eos_token = None

@@ -32,7 +32,7 @@ GOOD = {"question": "Where?", "response": "Here."}
         ({"question": "Where?", "response": "  \n"}, "line 2 has an empty response"),
         ({"question": "", "response": "Here."}, "line 2 has an empty question"),
         ({"question": "Where?", "response": 3}, "line 2: its response is a int"),
-        ("[1, 2]", "line 2 has no question"),
+        ("[1, 2]", "line 2 holds a JSON list"),
         ("{", "line 2 is not JSON"),
     ],
 )
@@ -100,10 +100,10 @@ def test_a_pair_is_one_row_and_every_token_of_it_is_learnt(tokenizer):
     assert tokenizer.decode(row["input_ids"][len(asked) : -1]) == "Here."
 
 
-def test_a_tokenizer_without_a_template_asks_in_plain_words(tokenizer):
+def test_a_tokenizer_without_a_template_asks_by_the_default_one(tokenizer):
     template, tokenizer.chat_template = tokenizer.chat_template, None
     try:
-        assert tokenizer.decode(prompt_tokens("Where?", tokenizer)) == "Question: Where?\nAnswer: "
+        assert tokenizer.decode(prompt_tokens("Where?", tokenizer)) == "User: Where?\nAssistant:"
     finally:
         tokenizer.chat_template = template
 

@@ -4,12 +4,13 @@ from datasets import Dataset
 from multi_token_testing import FAMILIES, VOCABULARY, make_backbone
 from torch import nn
 
+from moe_common.runs.trainer_callbacks import Annealing
 from moe_ext.multi_token.decoding.generation import generate
 from moe_ext.multi_token.decoding.planning import FixedPlan
 from moe_ext.multi_token.model.mixture import MultiTokenConfig, MultiTokenMoE
 from moe_ext.multi_token.training import stages as training
 from moe_ext.multi_token.training.self_distill import continue_prompts
-from moe_ext.multi_token.training.stages import Annealing, StageSettings, at_progress, train_stage
+from moe_ext.multi_token.training.stages import StageSettings, at_progress, train_stage
 
 
 class Killed(Exception):

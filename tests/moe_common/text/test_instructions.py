@@ -3,7 +3,7 @@
 import pytest
 from tiny_models import committed_tokenizer
 
-from dylo_moe.training.instructions import encode_conversation, encode_examples, is_instruction, with_chat_template
+from moe_common.text.instructions import encode_conversation, encode_examples, is_instruction, with_chat_template
 from moe_common.text.packing import IGNORED_LABEL
 
 CHAT = [

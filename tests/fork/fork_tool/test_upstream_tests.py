@@ -1,15 +1,9 @@
-"""peft/upstream_tests.py: what counts as the same tests passing, and running it on a made-up upstream."""
-
-import json
-import os
-import subprocess
-import sys
+"""peft/fork_tool/upstream_tests.py: what counts as the same tests passing, and running it on a made-up upstream."""
 
 import pytest
-import upstream_tests
-from fake_upstream import FILES, FORK_FOLDER, write_sdist
-from fork_tool import tree as fork_tree
-from upstream_tests import WANTS_THE_HUB, Side, describe, differences
+from fake_upstream import FILES, write_sdist
+from fork_tool import upstream_tests
+from fork_tool.upstream_tests import WANTS_THE_HUB, Side, describe, differences
 
 
 def side(**outcomes) -> Side:
@@ -64,15 +58,13 @@ def test_the_summary_counts_and_names_what_differs():
         side(a="passed", b="failed", c="hub", d="skipped"),
         side(a="failed", b="failed", c="hub", e="passed"),
     )
-    summary = upstream_tests._summary(pristine, fork, ["f"])
-    assert not summary["same"] and summary["messages"] == {"a": "AssertionError"}
-    assert summary["sides"]["pristine"] == {
-        "ran": 4, "seconds": 0.0, "passed": 1, "failed": 1, "hub": 1, "skipped": 1, "xfailed": 0
-    }  # fmt: skip
-    assert summary["for_want_of_the_hub"] == ["c"]
-    text = describe(summary)
-    assert "pass on the pristine side only: 1\n    a\n" in text and "fail on both sides: 1\n    b: Assert" in text
-    assert "added by the fork: 1\n    e\n" in text and text.endswith("NOT the same tests pass")
+    text = describe(pristine, fork, {"f"})
+    counts = "1 passed, 1 failed, 1 could not run for want of the hub, 1 skipped, 0 failed as expected"
+    assert text.startswith(f"  pristine  4 tests in 0 s: {counts}\n")
+    assert "pass on the pristine side only: 1\n    a: AssertionError\n" in text
+    assert "fail on both sides: 1\n    b: AssertionError\n" in text
+    assert "added by the fork: 1\n    e: " in text and "passed at the second try: 1\n    f\n" in text
+    assert text.endswith("\nNOT the same tests pass") and describe(fork, fork, set()).endswith("\nthe same tests pass")
 
 
 @pytest.mark.parametrize(
@@ -90,17 +82,16 @@ def test_failures_for_want_of_the_hub_are_told_from_others(error):
 
 @pytest.fixture
 def two_sides(queue, tmp_path, monkeypatch):
-    """upstream_tests at work on the made-up fork, whose release has tests for both sides."""
-    for package in upstream_tests.REQUIREMENTS.values():
-        if package in ("pytest", "xdist"):
-            pytest.importorskip(package)
+    """Runs `test` of the made-up fork, whose release has tests for both sides, on some of the files."""
+    pytest.importorskip("xdist")
     tests = {
         "tests/testing_utils.py": "",
         "tests/test_mapping.py": (
             "import pytest\nfrom pathlib import Path\nimport peft\n"
             "text = (Path(peft.__file__).parent / 'mapping.py').read_text()\n"
             "def test_both(): assert 'line 1' in text\n"
-            "@pytest.mark.parametrize('kwargs', [{}])\ndef test_pristine(kwargs): assert 'registry' not in text\n"
+            "class TestClass:\n    @pytest.mark.parametrize('kwargs', [{}])\n"
+            "    def test_pristine(self, kwargs): assert 'registry' not in text\n"
             "def test_hub(): raise OSError(\"We couldn't connect to 'https://huggingface.co'\")\n"
             "@pytest.mark.xfail\ndef test_known(): assert False\n"
             "@pytest.mark.skip\ndef test_skipped(): pass\n"
@@ -114,45 +105,43 @@ def two_sides(queue, tmp_path, monkeypatch):
     }
     assert not tests.keys() & FILES.keys()
     queue.pin("9.0.1", queue.keep(write_sdist(tmp_path, "9.0.1", tests)))
-    monkeypatch.setattr(upstream_tests, "REQUIREMENTS", {"pytest": "pytest"})
-    monkeypatch.setattr(upstream_tests, "HERE", fork_tree.Fork(queue.root))
-    # The runs load the plugin from the fork's folder.
-    (queue.root / "upstream_tests.py").write_bytes((FORK_FOLDER / "upstream_tests.py").read_bytes())
+    monkeypatch.setattr(upstream_tests, "REQUIREMENTS", ("pytest",))
     monkeypatch.setenv("PYTHONWARNINGS", "ignore")
-    return queue
+
+    def run(*names):
+        code, out, _ = queue.run("test", "--select", *names, "--workers", "0", "--output", str(tmp_path / "out"))
+        return code, out
+
+    return run
 
 
 def test_both_sides_are_run_and_compared(two_sides, tmp_path):
-    names = ["--select", "test_mapping", "test_custom_models", "--workers", "0", "--output", str(tmp_path / "out")]
-    assert upstream_tests.main(names) == 1
-    summary = json.loads((tmp_path / "out/summary.json").read_text())
-    assert summary["tests"]["pass_on_the_pristine_side_only"] == ["tests/test_mapping.py::test_pristine[kwargs]"]
-    expected = {"ran": 7, "passed": 4, "failed": 0, "hub": 1, "skipped": 1, "xfailed": 1}
-    assert {key: value for key, value in summary["sides"]["pristine"].items() if key != "seconds"} == expected
-    assert (tmp_path / "out/summary.txt").read_text().endswith("NOT the same tests pass\n")
+    code, out = two_sides("test_mapping", "test_custom_models")
+    assert code == 1
+    summary = (tmp_path / "out/summary.txt").read_text()
+    assert out.startswith(summary)
+    assert (
+        "pass on the pristine side only: 1\n    tests/test_mapping.py::TestClass::test_pristine[kwargs]: Ass"
+        in summary
+    )
+    assert ": 4 passed, 0 failed, 1 could not run for want of the hub, 1 skipped, 1 failed as expected\n" in summary
+    assert "  pristine  7 tests in " in summary and summary.endswith("NOT the same tests pass\n")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"summary.txt", "pristine.xml", "fork.xml"}
 
 
-def test_the_pristine_result_is_kept_for_the_next_run(two_sides, tmp_path, monkeypatch):
-    names = ["--select", "test_custom_models", "--workers", "0", "--output", str(tmp_path / "out")]
-    assert upstream_tests.main(names) == 0
+def test_the_pristine_result_is_kept_for_the_next_run(two_sides, monkeypatch):
+    assert two_sides("test_custom_models")[0] == 0
     runs = []
     real = upstream_tests.run_tests
     monkeypatch.setattr(upstream_tests, "run_tests", lambda name, *rest: runs.append(name) or real(name, *rest))
-    assert upstream_tests.main(names) == 0
+    assert two_sides("test_custom_models")[0] == 0
     assert runs == ["fork"]
 
 
-def test_a_missing_package_is_named(monkeypatch, capsys):
-    monkeypatch.setattr(upstream_tests, "REQUIREMENTS", {"no-such-package": "nsp"})
-    assert upstream_tests.main([]) == 1
-    assert "pip install no-such-package" in capsys.readouterr().err
+def test_a_missing_package_is_named(queue, monkeypatch):
+    monkeypatch.setattr(upstream_tests, "REQUIREMENTS", ("no-such-package",))
+    assert "pip install no-such-package" in queue.refused("test")
 
 
-def test_the_needed_packages_can_be_listed():
-    done = subprocess.run(
-        [sys.executable, FORK_FOLDER / "upstream_tests.py", "--requirements"],
-        capture_output=True,
-        text=True,
-        env=os.environ,
-    )
-    assert {"diffusers", "parameterized", "scipy"} <= set(done.stdout.split())
+def test_the_needed_packages_can_be_listed(home):
+    assert {"diffusers", "parameterized", "scipy"} <= set(home.command("test", "--requirements").split())

@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
-from dylo_moe.evaluate.lm_eval_tasks import find_tasks, run_tasks
 from moe_common.models.base_model import load_base_model
+from moe_common.models.lm_eval_tasks import find_tasks, run_tasks
 
 QUESTIONS = [("Two and two?", "four", "nine"), ("The sea is", "wet", "square"), ("A cat is", "an animal", "a number")]
 
