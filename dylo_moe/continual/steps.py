@@ -8,8 +8,10 @@ import torch
 from datasets import Dataset
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from moe_common.runs.resumable_trainer import ResumableTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +63,7 @@ def train_steps(
     callbacks: list[TrainerCallback] = [_Log(name, num_steps)]
     if at_step:
         callbacks.append(_AtStep(at_step))
-    trainer = Trainer(
+    trainer = ResumableTrainer(
         model=model, args=arguments, train_dataset=blocks, optimizers=(optimizer, scheduler), callbacks=callbacks
     )
     for spoken in (PrinterCallback, ProgressCallback):

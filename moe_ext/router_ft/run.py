@@ -4,16 +4,15 @@ For each plan: the model in full precision, rounded to nearest, quantised by GPT
 what the same finetuning does to the routers of the unquantised model, which is the control. A plan is a uniform format
 (`INT3`) or an allocation (`lower_alpha@3.125`: that sensitivity, that many bits a weight).
 
-A measurement that a folder already holds is not made again: a run that was broken off goes on with the same command.
+A measurement that a folder already holds is not made again: an interrupted run goes on with the same command.
 """
 
 import copy
-import json
 import logging
 import math
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moe_common.runs.options import check_at_least, split_names
-from moe_common.runs.whole_files import write_json, write_text
+from moe_common.runs.run_folder import Measured, RunFolder
+from moe_common.runs.whole_files import write_text
 from moe_common.text.documents import Part
 from moe_ext.moe_models import SMALL_MOE, load_moe
 from moe_ext.router_ft.allocation import allocate
@@ -40,7 +40,9 @@ from moe_ext.router_ft.recovery import Recovery, measure_recovery
 
 logger = logging.getLogger(__name__)
 
-RESULTS, TABLE = "results", "table.md"
+TABLE = "table.md"
+# Options that change none of the measurements, so that a run may be continued with others.
+FREE_OPTIONS = ("output", "device", "plans", "allocations")
 ALLOCATED_FORMATS = ("MXFP8", "MXFP4", "INT4", "INT3", "INT2")
 
 
@@ -95,17 +97,19 @@ def parse_plan(spec: str) -> tuple[str, float | None, int]:
 
 def run(options: RunOptions) -> str:
     """Measure every plan and write the table."""
-    study = prepare(options)
-    full, control = study.full, study.control
-    rows = [study.row(spec) for spec in split_names(options.plans)]
-    allocations = [study.allocation_row(spec) for spec in split_names(options.allocations)]
-    text = as_table(full, control, rows, allocations)
-    write_text(Path(options.output) / TABLE, text)
+    folder = RunFolder(options.output, "router_ft run", asdict(options), free=FREE_OPTIONS, option="--output")
+    study = prepare(options, folder)
+    with folder:
+        full, control = study.full, study.control
+        rows = [study.row(spec) for spec in split_names(options.plans)]
+        allocations = [study.allocation_row(spec) for spec in split_names(options.allocations)]
+        text = as_table(full, control, rows, allocations)
+        write_text(Path(options.output) / TABLE, text)
     return f"{text}\nwritten to {Path(options.output) / TABLE}"
 
 
-def prepare(options: StudyOptions) -> "Study":
-    """Read the model and the text of a study."""
+def prepare(options: StudyOptions, folder: RunFolder) -> "Study":
+    """Read the model and the text of a study, whose measurements its folder keeps."""
     model, tokenizer = load_moe(options.model)
     length = block_length(options, context_of(model))
     blocks_NL = text_blocks(
@@ -114,32 +118,37 @@ def prepare(options: StudyOptions) -> "Study":
     held_out = HeldOut.read(
         options.sources, options.split, tokenizer, block_size=length, max_blocks=options.max_blocks
     )
-    return Study(options, model.to(options.device), blocks_NL, held_out)
+    folder.know(weights=zlib.crc32(next(iter(model.parameters())).detach().float().numpy().tobytes()))
+    return Study(options, model.to(options.device), blocks_NL, held_out, folder.measured)
 
 
 class Study:
-    """The measurements, each kept in a file of its own.
+    """The measurements, each made once.
 
     Args:
         options: of the run.
         model: in full precision; it is copied for every change.
         blocks_NL: calibration text.
         held_out: text that the table is measured on.
+        measured: keeps what is found under a name.
     """
 
-    def __init__(self, options: StudyOptions, model: PreTrainedModel, blocks_NL: Tensor, held_out: HeldOut):
+    def __init__(
+        self,
+        options: StudyOptions,
+        model: PreTrainedModel,
+        blocks_NL: Tensor,
+        held_out: HeldOut,
+        measured: Measured,
+    ):
         self.options, self.model, self.blocks_NL, self.held_out = options, model, blocks_NL, held_out
-        self.folder = Path(options.output) / RESULTS
+        self.measured = measured
         self.matrices: list[Matrix] = find_matrices(model)
         self._last: tuple[Plan, PreTrainedModel] | None = None
 
     @cached_property
     def alphas(self) -> dict[str, float]:
         return {row.layer_name: row.alpha_hill for row in alpha_table(self.model, self.matrices)}
-
-    def with_options(self, options: StudyOptions) -> "Study":
-        """The same model and text with another finetuning, another folder, or both."""
-        return Study(options, self.model, self.blocks_NL, self.held_out)
 
     @property
     def full(self) -> dict[str, np.ndarray]:
@@ -175,32 +184,24 @@ class Study:
             self._last = plan, self.quantized(plan, "gptq")
         return self._last[1]
 
-    def finetuned(self, model: PreTrainedModel, *, objective: str | None = None) -> PreTrainedModel:
-        """A copy of a model, with finetuned routers."""
+    def finetuned(self, model: PreTrainedModel, **changed: Any) -> PreTrainedModel:
+        """A copy of a model with finetuned routers, by the options but for those that are changed."""
         model = copy.deepcopy(model)
         config = FinetuneConfig(
-            **{name: getattr(self.options, name) for name in FinetuneConfig.__dataclass_fields__}
-            | ({"objective": objective} if objective else {})
+            **{name: getattr(self.options, name) for name in FinetuneConfig.__dataclass_fields__} | changed
         )
         report = finetune_routers(model, self.blocks_NL, config, teacher=self.model, seed=self.options.seed)
         logger.info("%s on text not trained on: %.5f -> %.5f", config.objective, report.loss_before, report.loss_after)
         return model
 
     def measure(self, name: str, make: Callable[[], PreTrainedModel]) -> dict[str, np.ndarray]:
-        """The losses of a model by source, from its file or from the model itself."""
-        file = self.folder / f"{name.replace('@', '_at_').replace('#', '_seed_')}.json"
-        fingerprint = self._fingerprint()
-        if file.is_file():
-            kept = json.loads(file.read_text(encoding="utf-8"))
-            if kept["run"] != fingerprint:
-                raise ValueError(
-                    f"{file} is of a run with other options or another model. Name another folder, or remove it."
-                )
-            return {source: np.asarray(values) for source, values in kept["losses"].items()}
-        logger.info("measuring %s", name)
-        losses = losses_by_source(make(), self.held_out)
-        write_json(file, {"run": fingerprint, "losses": {source: list(values) for source, values in losses.items()}})
-        return losses
+        """The losses of a model by source, as they were kept or from the model itself."""
+
+        def found() -> dict[str, list[float]]:
+            logger.info("measuring %s", name)
+            return {source: list(values) for source, values in losses_by_source(make(), self.held_out).items()}
+
+        return {source: np.asarray(values) for source, values in self.measured(name, found).items()}
 
     def row(self, spec: str) -> dict[str, Any]:
         """One line of the table."""
@@ -223,12 +224,6 @@ class Study:
         plan = self.plan(spec)
         losses = self.measure(f"{spec}.gptq", lambda: self.by_gptq(plan))
         return {"plan": spec, "bits": plan.bits_per_weight, "gptq": mean_loss(losses)}
-
-    def _fingerprint(self) -> dict[str, Any]:
-        names = [name for name in StudyOptions.__dataclass_fields__ if name not in ("output", "device")]
-        ours = {name: getattr(self.options, name) for name in names}
-        weights = zlib.crc32(next(iter(self.model.parameters())).detach().cpu().float().numpy().tobytes())
-        return {**ours, "weights": weights}
 
 
 def as_table(

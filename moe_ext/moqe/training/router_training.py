@@ -1,7 +1,7 @@
 """Train the router with transformers' Trainer, on the experts' cached outputs.
 
 The order of all rows of a run, curriculum first, is fixed beforehand by the seed; accumulation, the schedule in
-optimiser steps, checkpoints and resuming are the Trainer's own. A run that was broken off ends with the same numbers,
+optimiser steps, checkpoints and resuming are the Trainer's own. A run that was interrupted ends with the same numbers,
 on a CPU to the last bit, as one that was not.
 
 Shape letters: B rows, L tokens, D size of a state, E experts.
@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
-from moe_common.runs.checkpoints import MarkCompleteCheckpoints
+from moe_common.runs.resumable_trainer import ResumableTrainer
+from moe_common.runs.run_folder import RUN
 from moe_common.runs.whole_files import write_json
 from moe_ext.moqe.mixture.model import ExpertSet
 from moe_ext.moqe.mixture.router import Router
@@ -28,7 +29,7 @@ from moe_ext.moqe.training.state_cache import StateCache, collate_states
 
 logger = logging.getLogger(__name__)
 
-RUN = "run.json"
+
 OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit"}
 
 
@@ -135,7 +136,7 @@ class DescribeCheckpoints(TrainerCallback):
             write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / RUN, self.run)
 
 
-class OrderedTrainer(Trainer):
+class OrderedTrainer(ResumableTrainer):
     """A Trainer that reads rows in the order of its dataset and counts tokens over accumulated batches."""
 
     def __init__(self, *args, **kwargs):
@@ -206,7 +207,7 @@ def train_router(
         options: of the run.
         folder: for checkpoints.
         run: what each checkpoint says of the run.
-        checkpoint: to go on from.
+        checkpoint: to go on from, in place of the newest in the folder.
 
     Returns:
         The number of optimiser steps.
@@ -240,11 +241,9 @@ def train_router(
         args=arguments,
         train_dataset=StateRows(order),
         data_collator=collate,
-        callbacks=[Annealing(model.router), LogLines(), DescribeCheckpoints(run), MarkCompleteCheckpoints()],
+        callbacks=[Annealing(model.router), LogLines(), DescribeCheckpoints(run)],
     )
     trainer.remove_callback(PrinterCallback)
-    if checkpoint is not None:
-        logger.info("continuing from %s", checkpoint)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.train_on(checkpoint=checkpoint)
     model.router.eval()
     return trainer.state.global_step

@@ -1,17 +1,17 @@
 """`evolution`: the saturation of the routing over revisions of a model."""
 
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from moe_common.runs.whole_files import whole_folder, write_json
+from moe_common.runs.run_folder import Measured
+from moe_common.runs.whole_files import write_json
 from moe_ext.router_study.analysis.evolution import Saturation, follow
 from moe_ext.router_study.collect.data import TokenRows, parse_sources
 from moe_ext.router_study.collect.revisions import in_order, resolve_revision
 from moe_ext.router_study.collect.wrapper import MoEModelWrapper
-from moe_ext.router_study.commands.run import PAGE, about, check_free, rows_for, versions, work_folder, write_drawn
+from moe_ext.router_study.commands.run import PAGE, about, begin, rows_for, versions, write_drawn
 from moe_ext.router_study.options import EvolutionOptions
 from moe_ext.router_study.report.drawings import Drawing, Lines, Series
 from moe_ext.router_study.report.extra import check_drawing
@@ -19,32 +19,33 @@ from moe_ext.router_study.report.extra import check_drawing
 
 def evolution(options: EvolutionOptions) -> str:
     """Compare revisions with the last of them."""
-    out = Path(options.out)
-    check_free(out)
+    run = begin(options.out, "evolution", options)
+    if run.is_done:
+        return run.done
     check_drawing()
     parse_sources(options.data)
     names = [revision.name for revision in in_order(options.revisions)]
     for name in names:
         resolve_revision(options.model, name)  # before the first is read
-    found, labels, tokens = saturations(options, names, work_folder(out))
-    drawing = saturation_drawing(found, labels, names[-1])
-    with whole_folder(out) as partial:
-        results = {
-            "about": about(options.model, tokens, options),
-            "last": names[-1],
-            "layers": labels,
-            "sentence": drawing.sentence,
-            "saturation": [asdict(one) for one in found],
-        }
-        write_json(partial / "saturation.json", results)
-        described = {"model": options.model, "revisions": ", ".join(names), "made with": versions()}
-        write_drawn(partial, f"How the routers of {options.model} came to be", described, [drawing])
-    shutil.rmtree(work_folder(out), ignore_errors=True)
-    return f"{drawing.sentence}\nThe report lies in {out / PAGE}"
+    with run:
+        found, labels, tokens = saturations(options, names, run.measured)
+        drawing = saturation_drawing(found, labels, names[-1])
+        with run.whole_result() as partial:
+            results = {
+                "about": about(options.model, tokens, options),
+                "last": names[-1],
+                "layers": labels,
+                "sentence": drawing.sentence,
+                "saturation": [asdict(one) for one in found],
+            }
+            write_json(partial / "saturation.json", results)
+            described = {"model": options.model, "revisions": ", ".join(names), "made with": versions()}
+            write_drawn(partial, f"How the routers of {options.model} came to be", described, [drawing])
+    return f"{drawing.sentence}\nThe report lies in {Path(options.out) / PAGE}"
 
 
 def saturations(
-    options: EvolutionOptions, names: list[str], folder: Path
+    options: EvolutionOptions, names: list[str], measured: Measured
 ) -> tuple[list[Saturation], list[str], dict[str, int]]:
     """The comparisons, the labels of the gates, and the tokens of each domain."""
     tokens: dict[str, int] = {}
@@ -59,7 +60,9 @@ def saturations(
             torch.cat([held.ids_NS for held in rows.values()]), torch.cat([held.mask_NS for held in rows.values()])
         )
 
-    found, labels = follow(names, load, joined_rows, batch_size=options.batch_size, seed=options.seed, folder=folder)
+    found, labels = follow(
+        names, load, joined_rows, batch_size=options.batch_size, seed=options.seed, measured=measured
+    )
     return found, labels, tokens
 
 

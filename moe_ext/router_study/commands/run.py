@@ -10,9 +10,10 @@ from typing import Any
 import torch
 import transformers
 
-from moe_common.runs.whole_files import whole_folder, write_json, write_text
+from moe_common.runs.run_folder import RunFolder
+from moe_common.runs.whole_files import write_json, write_text
 from moe_ext.router_study.analysis.study import Study, run_study
-from moe_ext.router_study.collect.collector import ActivationCollector, forget
+from moe_ext.router_study.collect.collector import ActivationCollector, fingerprint
 from moe_ext.router_study.collect.data import DatasetLoader, TokenRows, parse_sources
 from moe_ext.router_study.collect.wrapper import MoEModelWrapper
 from moe_ext.router_study.options import RunOptions, TextOptions
@@ -35,51 +36,55 @@ def run(options: RunOptions) -> str:
     check_installed(options.report_to)
     check_drawing()
     parse_sources(options.data)
-    if not options.revision:
-        return f"The report lies in {study_model(options, None, Path(options.out)) / PAGE}"
-    out, pages = Path(options.out), []
-    folders = [out / Path(revision).name for revision in options.revision]
+    out, revisions = Path(options.out), options.revision or [None]
+    folders = [out / Path(revision).name if revision else out for revision in revisions]
     for folder in folders:
-        check_free(folder)
         if folders.count(folder) > 1:
             raise ValueError(f"Two revisions would be written to {folder}. Give one of them a command of its own.")
-    for revision, folder in zip(options.revision, folders, strict=True):
-        pages.append(study_model(options, revision, folder) / PAGE)
-    return "The reports lie in " + ", ".join(map(str, pages))
+    runs = [
+        begin(folder, "run", options, revision=revision) for folder, revision in zip(folders, revisions, strict=True)
+    ]
+    for one, revision in zip(runs, revisions, strict=True):
+        if not one.is_done:
+            study_model(options, revision, one)
+    pages = ", ".join(str(folder / PAGE) for folder in folders)
+    return f"{'The report lies' if len(folders) == 1 else 'The reports lie'} in {pages}"
 
 
-def study_model(options: RunOptions, revision: str | None, out: Path) -> Path:
+def begin(out: str | Path, command: str, options: TextOptions, **more: Any) -> RunFolder:
+    """The run of a command, whose report appears whole; until then what it has found lies beside it."""
+    settings = {**asdict(options), **more}
+    return RunFolder.beside(out, f"router_study {command}", settings, free=("out", "device"), option="--out")
+
+
+def study_model(options: RunOptions, revision: str | None, run: RunFolder) -> None:
     """Study one model and write its folder."""
-    check_free(out)
     wrapper = MoEModelWrapper.load(options.model, revision=revision, device=options.device, layers=options.layers)
     rows = rows_for(options, wrapper)
+    run.know(**fingerprint(wrapper, rows))
     collector = ActivationCollector(
         wrapper, counts_mb=options.counts_mb, sample_mb=options.sample_mb, in_rank=options.as_in_script
     )
-    collecting = work_folder(out)
-    study = run_study(
-        wrapper,
-        rows,
-        collector=collector,
-        batch_size=options.batch_size,
-        replicates=options.replicates,
-        seed=options.seed,
-        least_seen=options.least_seen,
-        resume_folder=collecting,
-        save_logits=options.save_logits,
-    )
-    with whole_folder(out) as partial:
-        write_study(study, partial, options)
-        if options.save_logits:
-            (partial / LOGITS).mkdir()
-            for file in sorted(collecting.glob("logits-*.safetensors")):
-                shutil.copyfile(file, partial / LOGITS / file.name)
-        scalars = scalars_of(study.measured, wrapper.gates.labels)
-        log_scalars(options.report_to, scalars, name=wrapper.name, folder=partial / "tensorboard")
-    for file in collecting.glob("logits-*.safetensors"):
-        file.unlink()
-    forget(collecting)
-    return out
+    with run:
+        study = run_study(
+            wrapper,
+            rows,
+            collector=collector,
+            batch_size=options.batch_size,
+            replicates=options.replicates,
+            seed=options.seed,
+            least_seen=options.least_seen,
+            resume_folder=run.folder,
+            save_logits=options.save_logits,
+        )
+        with run.whole_result() as partial:
+            write_study(study, partial, options)
+            if options.save_logits:
+                (partial / LOGITS).mkdir()
+                for file in sorted(run.folder.glob("logits-*.safetensors")):
+                    shutil.copyfile(file, partial / LOGITS / file.name)
+            scalars = scalars_of(study.measured, wrapper.gates.labels)
+            log_scalars(options.report_to, scalars, name=wrapper.name, folder=partial / "tensorboard")
 
 
 def write_study(study: Study, folder: Path, options: RunOptions) -> None:
@@ -167,18 +172,3 @@ def versions() -> str:
 def _threads() -> str:
     count = torch.get_num_threads()
     return f"{count} thread{'s' if count > 1 else ''}"
-
-
-def work_folder(out: Path) -> Path:
-    """Where a run keeps what it needs to go on."""
-    return out.with_name(f"{out.name}.collecting")
-
-
-def check_free(folder: Path) -> None:
-    """Refuse an output folder that holds something before anything is computed for it.
-
-    Raises:
-        FileExistsError: it is not empty.
-    """
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise FileExistsError(f"{folder} is there already. Name another folder, or remove it.")

@@ -13,6 +13,7 @@ from dylo_moe.continual import run as continual
 from dylo_moe.continual.run import ContinualConfig, run
 from dylo_moe.model import DyLoRA_MoE
 from moe_common.models.perplexity import HeldOutLoss
+from moe_common.runs.whole_files import read_json, write_json
 
 KINDS = {
     "rain": ["rain", "river", "hill", "water", "sea", "cloud", "wet", "stream", "flood", "grey"],
@@ -234,6 +235,9 @@ def test_each_baseline_has_the_rate_of_its_own(finished, tiny_base, visits, tmp_
     changed = {}
     for option in ("sequential_learning_rate", "joint_learning_rate"):
         shutil.copytree(output / "mixture", tmp_path / option / "mixture")
+        noted = read_json(output / "run.json")
+        noted["settings"][option] = 1e-2
+        write_json(tmp_path / option / "run.json", noted)
         changed[option] = run(config_of(tiny_base, tmp_path / option, visits, **{option: 1e-2}))["mean_nll"]
     assert changed["sequential_learning_rate"]["sequential"] != whole["mean_nll"]["sequential"]
     assert changed["sequential_learning_rate"]["joint"] == whole["mean_nll"]["joint"]
@@ -249,7 +253,7 @@ def test_without_baselines_only_the_mixture_is_trained(tiny_base, sources, tmp_p
 
 def test_other_settings_in_the_same_folder_are_refused_and_named(finished, tiny_base, visits):
     output, _ = finished
-    with pytest.raises(ValueError, match=r"other settings: lora_r \(2 there, 3 asked for\). Choose another"):
+    with pytest.raises(ValueError, match=r"other settings: lora_r \(2 there, 3 asked for\). Name another"):
         run(config_of(tiny_base, output, visits, lora_r=3))
 
 
@@ -285,7 +289,7 @@ def test_a_setting_out_of_range_is_refused(changed, message):
 
 def test_an_output_folder_that_is_a_file_is_refused(tiny_base, sources, tmp_path):
     (tmp_path / "notes").write_text("mine")
-    with pytest.raises(ValueError, match="notes, which is a file. Name a folder with --output_dir"):
+    with pytest.raises(ValueError, match="notes is a file, but must be a folder. Name a folder with --output_dir"):
         run(config_of(tiny_base, tmp_path / "notes", [sources["rain"]]))
 
 
