@@ -242,11 +242,12 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(tiny_options, tmp_path, ca
     assert train.main(tiny_options(tmp_path, **chosen)) == 0
     whole = losses(tmp_path)
     (tmp_path / "mixture" / "finished.json").unlink()
+    (tmp_path / "results.json").unlink()
     newest = tmp_path / "mixture" / "checkpoints" / "checkpoint-8"
     optimizer = newest / "optimizer.pt"
     optimizer.write_bytes(optimizer.read_bytes()[:100])
     assert train.main([*tiny_options(tmp_path, **chosen), "--resume_from_checkpoint"]) == 0
-    assert f"{newest} was cut off while it was written" in caplog.text
+    assert f"{newest} is damaged or was cut off while it was written" in caplog.text
     assert f"continuing from {newest.with_name('checkpoint-6')}" in caplog.text
     assert losses(tmp_path) == whole
 

@@ -22,7 +22,7 @@ def check_loss(loss: float | Tensor, step: int, tensors: Iterable[tuple[str, Ten
     Raises:
         NotFiniteError: names the step, and the tensor where one of them is the cause.
     """
-    value = float(loss)
+    value = loss.detach().item() if isinstance(loss, Tensor) else loss
     if math.isfinite(value):
         return
     name = first_not_finite(tensors)

@@ -35,7 +35,7 @@ from moe_common.runs.whole_files import (
 
 RUN, MEASURED = "run.json", "measured"
 LONGEST_NAME = 80  # characters of a measurement's name in the name of its file
-SHOWN_VALUE = 60  # characters of a setting in a message
+SHOWN_VALUE = 200  # characters of a setting in a message
 
 # Keeps what a measurement finds under a name; the type of `RunFolder.measured`.
 Measured = Callable[[str, Callable[[], Any]], Any]
