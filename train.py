@@ -7,7 +7,6 @@ python train.py --continual prose code math               # skills one after ano
 python train.py --continual --help
 """
 
-import logging
 import sys
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from dylo_moe.training.comparison import RunConfig
 from dylo_moe.training.data import DataConfig
 from dylo_moe.training.trainer import TrainingConfig
 from moe_common.runs.allocator import keep_freed_memory
-from moe_common.runs.commands import LOG_FORMAT, LOG_TIME, run_command
+from moe_common.runs.commands import run_command
 from moe_common.runs.options import OptionParser, names_option
 
 
@@ -31,7 +30,6 @@ def main(argv: list[str] | None = None) -> int:
         description=continual.__doc__.splitlines()[0] if grows else description,
         epilog=f"examples:\n{examples}",
     )
-    _speak_as_first_process()
     keep_freed_memory()
     return run_command(parser, _grow if grows else _train, argv)
 
@@ -45,11 +43,6 @@ def _train(mixture: MixtureConfig, data: DataConfig, training: TrainingConfig, c
 
 def _grow(config: continual.ContinualConfig) -> str:
     return continual.as_text(continual.run(config), Path(config.output_dir))
-
-
-def _speak_as_first_process() -> None:
-    level = logging.INFO if comparison.is_first_process() else logging.ERROR
-    logging.basicConfig(level=level, format=LOG_FORMAT, datefmt=LOG_TIME, stream=sys.stderr)
 
 
 if __name__ == "__main__":

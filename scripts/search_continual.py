@@ -14,7 +14,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from dylo_moe.continual.baselines import train_in_sequence, train_joint
@@ -28,6 +28,7 @@ from moe_common.runs.allocator import keep_freed_memory
 from moe_common.runs.bracketing import bracket, lowest
 from moe_common.runs.commands import run_command
 from moe_common.runs.options import OptionParser
+from moe_common.runs.run_folder import RunFolder
 from moe_common.runs.whole_files import write_text
 
 logger = logging.getLogger("search_continual")
@@ -121,9 +122,12 @@ def as_text(measured: dict[tuple[str, str], dict[float, Nll]]) -> str:
 
 
 def search_and_write(config: ContinualConfig) -> str:
-    text = as_text(search(config))
     table = Path(config.output_dir) / TABLE
-    write_text(table, text)
+    searched_over = ("learning_rate", "sequential_learning_rate", "joint_learning_rate", "router_weight_decay")
+    unused = ("output_dir", "eval_split", "baselines")
+    with RunFolder(config.output_dir, "search_continual.py", asdict(config), free=(*searched_over, *unused)):
+        text = as_text(search(config))
+        write_text(table, text)
     return f"{text}\ntable   {table}"
 
 

@@ -11,14 +11,17 @@ Beside each stands what the same finetuning on the next token gains on the unqua
 
 import logging
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import get_args
+
+import numpy as np
 
 from moe_common.runs.allocator import keep_freed_memory
 from moe_common.runs.bracketing import bracket, lowest
 from moe_common.runs.commands import run_command
 from moe_common.runs.options import OptionParser, split_names
+from moe_common.runs.run_folder import RunFolder
 from moe_common.runs.whole_files import write_text
 from moe_ext.router_ft.evaluate import mean_loss
 from moe_ext.router_ft.objectives import ObjectiveName
@@ -29,6 +32,8 @@ logger = logging.getLogger("search_router_ft")
 OBJECTIVES = get_args(ObjectiveName)
 FACTOR = 3.0
 TABLE = "search.md"
+# Options of the search itself, which change none of the measurements.
+FREE_OPTIONS = ("output", "device", "plan", "objectives", "objective", "lr")
 
 
 @dataclass(kw_only=True)
@@ -49,22 +54,30 @@ class SearchOptions(StudyOptions):
 
 
 def search(options: SearchOptions) -> str:
-    """Measure all settings; returns the table."""
-    study = prepare(options)
+    """Measure all settings, and write the table."""
+    folder = RunFolder(options.output, "search_router_ft.py", asdict(options), free=FREE_OPTIONS, option="--output")
+    study = prepare(options, folder)
+    with folder:
+        text = _search(study, options)
+        write_text(Path(options.output) / TABLE, text)
+    return text
+
+
+def _search(study: Study, options: SearchOptions) -> str:
     plan = study.plan(options.plan)
     before = mean_loss(study.measure(f"{options.plan}.gptq", lambda: study.by_gptq(plan)))
     full = mean_loss(study.full)
 
-    def trial(rate: float) -> Study:
-        return study.with_options(replace(options, lr=rate, output=f"{options.output}/{rate:g}"))
+    def control(rate: float) -> dict[str, np.ndarray]:
+        return study.measure(f"control.{rate:g}", lambda: study.finetuned(study.model, objective="ce", lr=rate))
 
     rows, best = [], {}
     for objective in split_names(options.objectives):
 
         def finetuned(rate: float, objective: str = objective) -> float:
-            ours = trial(rate)
-            losses = ours.measure(
-                f"{options.plan}.{objective}", lambda: ours.finetuned(study.by_gptq(plan), objective=objective)
+            losses = study.measure(
+                f"{options.plan}.{objective}.{rate:g}",
+                lambda: study.finetuned(study.by_gptq(plan), objective=objective, lr=rate),
             )
             logger.info("%s, rate %g: %+.4f nats over full precision", objective, rate, mean_loss(losses) - full)
             return mean_loss(losses)
@@ -74,7 +87,7 @@ def search(options: SearchOptions) -> str:
         best[losses[rate]] = f"--objective {objective} --lr {rate:.2g}"
         rows += [
             f"| {objective} | {rate:.2g} | {loss - full:+.4f} | {(before - loss) / (before - full):.1%} | "
-            f"{full - mean_loss(trial(rate).control):+.4f} |"
+            f"{full - mean_loss(control(rate)):+.4f} |"
             for rate, loss in losses.items()
         ]
     return "\n".join(
@@ -91,10 +104,7 @@ def search(options: SearchOptions) -> str:
 
 
 def search_and_write(options: SearchOptions) -> str:
-    text = search(options)
-    table = Path(options.output) / TABLE
-    write_text(table, text)
-    return f"{text}\ntable   {table}"
+    return f"{search(options)}\ntable   {Path(options.output) / TABLE}"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,8 +7,8 @@ The report beside the weights (training_report.json) holds the options of the co
 it reached. On a CPU with AMX, --bf16 True --compile True make it several times faster. With other work on the same
 cores set OMP_WAIT_POLICY=PASSIVE: threads that spin while they wait cost more than ten times the speed there.
 
-A run can be broken off (Ctrl-C or SIGTERM: it saves a checkpoint first) and started again with the same command; with
-another --steps it plans the decay of its learning rate anew from where it stands (warmup-stable-decay schedule: Hu et
+A run can be interrupted (Ctrl-C or SIGTERM: it saves a checkpoint first) and started again with the same command; with
+another --steps it plans the decay of its learning rate again from where it stands (warmup-stable-decay schedule: Hu et
 al. 2024, arXiv:2404.06395, section 4). The hidden matrices are trained with Muon (Jordan et al. 2024) as torch has it,
 embeddings and norms with AdamW.
 """
@@ -39,15 +39,19 @@ from transformers import (
 
 from moe_common.models.perplexity import measure_texts
 from moe_common.runs.allocator import keep_freed_memory
+from moe_common.runs.checkpoints import load_state, save_state
 from moe_common.runs.commands import run_command
-from moe_common.runs.options import OptionParser, check_at_least
-from moe_common.runs.whole_files import whole_file, write_json
+from moe_common.runs.finite import check_loss, check_weights
+from moe_common.runs.options import OptionParser, check_above, check_at_least
+from moe_common.runs.run_folder import RunFolder
+from moe_common.runs.whole_files import write_json
 from moe_common.text.domains import DOMAINS
 from moe_common.text.packing import token_stream
 
 logger = logging.getLogger("train_base")
 
-CHECKPOINT = "checkpoint.pt"
+# Options that a run may be continued with although they differ; more `steps` prolong it.
+FREE_OPTIONS = ("run_folder", "output", "steps", "checkpoint_minutes", "snapshot_minutes", "log_every", "compile")
 SHAPE = {"hidden_size": 256, "intermediate_size": 672, "num_hidden_layers": 6, "num_attention_heads": 4}
 QUICK_BLOCKS = 16  # of each domain's validation text, measured while training runs and again by the tests
 
@@ -85,6 +89,8 @@ class BaseTrainingConfig:
 
     def __post_init__(self):
         check_at_least(self, steps=1, block_size=2, blocks_per_step=1, blocks_at_once=1, warmup_steps=1, log_every=1)
+        check_at_least(self, weight_decay=0, decay_fraction=0, checkpoint_minutes=0, snapshot_minutes=0, seed=0)
+        check_above(self, learning_rate=0)
         if self.blocks_per_step % self.blocks_at_once:
             raise ValueError(
                 f"blocks_at_once is {self.blocks_at_once} and does not divide blocks_per_step "
@@ -152,11 +158,10 @@ def build_optimizers(model, config: BaseTrainingConfig) -> list[torch.optim.Opti
     return [muon, rest]
 
 
-def rate_factor(step: int, config: BaseTrainingConfig, *, resumed_at: int) -> float:
-    """Part of the peak learning rate that step `step` (from 0) runs at; the decay starts no earlier than resumed."""
+def rate_factor(step: int, config: BaseTrainingConfig, *, first_of_decay: int) -> float:
+    """Part of the peak learning rate that step `step` (from 0) runs at; from `first_of_decay` on it falls to 0."""
     warmup = min(1.0, (step + 1) / config.warmup_steps)
-    decay_from = max(round(config.steps * (1 - config.decay_fraction)), resumed_at)
-    decay = min(1.0, (config.steps - step) / max(1, config.steps - decay_from))
+    decay = min(1.0, (config.steps - step) / max(1, config.steps - first_of_decay))
     return warmup * decay
 
 
@@ -168,6 +173,7 @@ def next_token_loss(model, tokens_BL: Tensor) -> Tensor:
 def train(
     config: BaseTrainingConfig,
     *,
+    command: str = "train_base.py",
     build_model: Callable = build_model,
     loss_of: Callable[..., Tensor] = next_token_loss,
 ) -> dict:
@@ -175,11 +181,13 @@ def train(
 
     Args:
         config: the run.
+        command: by which the run's folder knows it.
         build_model: makes the untrained model of a tokenizer and a `context` in tokens.
         loss_of: what is minimised, of a model and a batch of blocks.
     """
     if not keep_freed_memory():
         logger.info("the allocator stays as it is: large tensors may be slow to come by")
+    folder = RunFolder(config.run_folder, command, asdict(config), free=FREE_OPTIONS, option="--run_folder")
     tokenizer = AutoTokenizer.from_pretrained(config.output)
     samplers = {
         domain: BlockSampler(
@@ -194,18 +202,21 @@ def train(
     model = build_model(tokenizer, context=config.block_size)
     optimizers = build_optimizers(model, config)
     state = {"step": 0, "seconds": 0.0, "drawn": dict.fromkeys(DOMAINS, 0), "losses": []}
-    checkpoint = Path(config.run_folder) / CHECKPOINT
-    if checkpoint.exists():
-        state = load_checkpoint(checkpoint, model, optimizers)
-        logger.info("continuing at step %d of %d", state["step"], config.steps)
-    with signals_noted() as asked_to_stop:
-        run_steps(config, model, loss_of, optimizers, samplers, state, tokenizer, asked_to_stop)
-    if state["step"] < config.steps:
-        logger.info("broken off at step %d; the same command continues it", state["step"])
-        return {"steps": state["step"], "finished": False}
-    write_model(model, Path(config.output))
-    report = report_on(config, state, tokenizer)
-    write_json(Path(config.output) / "training_report.json", report)
+    with folder:
+        if (saved := load_state(folder.folder)) is not None:
+            state = take_up(saved, model, optimizers)
+            logger.info("continuing at step %d of %d", state["step"], config.steps)
+        if state.get("planned_steps") != config.steps:  # a new run, or one that is prolonged
+            first_of_decay = max(round(config.steps * (1 - config.decay_fraction)), state["step"])
+            state |= {"planned_steps": config.steps, "first_of_decay": first_of_decay}
+        with signals_noted() as asked_to_stop:
+            run_steps(config, model, loss_of, optimizers, samplers, state, tokenizer, asked_to_stop)
+        if state["step"] < config.steps:
+            logger.info("interrupted at step %d; the same command continues it", state["step"])
+            return {"steps": state["step"], "finished": False}
+        write_model(model, Path(config.output))
+        report = report_on(config, state, tokenizer)
+        write_json(Path(config.output) / "training_report.json", report)
     return report
 
 
@@ -225,18 +236,19 @@ def signals_noted() -> Iterator[list[int]]:
 
 def run_steps(config, model, loss_of, optimizers, samplers, state, tokenizer, asked_to_stop: list[int]) -> None:
     """Run the remaining steps, or those until asked_to_stop is no longer empty; changes `state` in place."""
-    resumed_at, started = state["step"], time.perf_counter() - state["seconds"]
+    started = time.perf_counter() - state["seconds"]
     forward = torch.compile(model) if config.compile else model
-    checkpoint = Path(config.run_folder) / CHECKPOINT
+    folder = Path(config.run_folder)
     last_checkpoint = last_line = time.perf_counter()
     snapshot_due = config.snapshot_minutes > 0 and state["seconds"] < 60 * config.snapshot_minutes
     while state["step"] < config.steps and not asked_to_stop:
-        factor = rate_factor(state["step"], config, resumed_at=resumed_at)
+        factor = rate_factor(state["step"], config, first_of_decay=state["first_of_decay"])
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = factor * config.learning_rate
         state["losses"].append(one_step(config, forward, model, loss_of, optimizers, samplers, state))
         state["step"] += 1
+        check_weights(model.named_parameters(), state["step"])
         now = time.perf_counter()
         state["seconds"] = now - started
         if state["step"] % config.log_every == 0:
@@ -253,7 +265,7 @@ def run_steps(config, model, loss_of, optimizers, samplers, state, tokenizer, as
             )
             last_line = now
         if now - last_checkpoint > 60 * config.checkpoint_minutes:
-            save_checkpoint(checkpoint, model, optimizers, state)
+            keep(folder, model, optimizers, state)
             quick = held_out(model, tokenizer, "validation", QUICK_BLOCKS)
             logger.info("step %d validation perplexity %s", state["step"], quick)
             last_checkpoint = last_line = time.perf_counter()
@@ -261,7 +273,7 @@ def run_steps(config, model, loss_of, optimizers, samplers, state, tokenizer, as
             write_model(model, Path(config.output))
             logger.info("early snapshot written to %s", config.output)
             snapshot_due = False
-    save_checkpoint(checkpoint, model, optimizers, state)
+    keep(folder, model, optimizers, state)
 
 
 def one_step(config, forward, model, loss_of, optimizers, samplers, state) -> float:
@@ -279,6 +291,7 @@ def one_step(config, forward, model, loss_of, optimizers, samplers, state) -> fl
     for part in batch.split(config.blocks_at_once):
         with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
             loss = loss_of(forward, part)
+        check_loss(loss, state["step"] + 1, model.named_parameters())
         weight = len(part) / len(batch)
         (loss * weight).backward()
         total += loss.item() * weight
@@ -341,17 +354,15 @@ def write_model(model: PreTrainedModel, folder: Path) -> None:
     scratch.rmdir()
 
 
-def save_checkpoint(path: Path, model, optimizers, state: dict) -> None:
-    """Everything that continuing needs, in one file that appears whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def keep(folder: Path, model, optimizers, state: dict) -> None:
+    """Write everything that continuing needs."""
     optimizer_states = [optimizer.state_dict() for optimizer in optimizers]
-    with whole_file(path) as partial:
-        torch.save({"model": model.state_dict(), "optimizers": optimizer_states, "state": state}, partial)
+    held = {"model": model.state_dict(), "optimizers": optimizer_states, "state": state}
+    save_state(folder, state["step"], held)
 
 
-def load_checkpoint(path: Path, model, optimizers) -> dict:
+def take_up(saved: dict, model, optimizers) -> dict:
     """Bring model and optimisers to the checkpoint's state and return the counters."""
-    saved = torch.load(path, weights_only=True)
     model.load_state_dict(saved["model"])
     for optimizer, optimizer_state in zip(optimizers, saved["optimizers"], strict=True):
         optimizer.load_state_dict(optimizer_state)

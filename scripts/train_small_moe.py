@@ -2,7 +2,7 @@
 
     python scripts/train_small_moe.py --run_folder runs/small_moe
 
-The schedule, the text and the checkpoints are those of scripts/train_base.py: a run that is broken off continues with
+The schedule, the text and the checkpoints are those of scripts/train_base.py: a run that is interrupted continues with
 the same command. The model reads the `pretraining` split of the three domains alone, with the committed tokenizer, so
 that `train` is new to it: calibration and finetuning text is text it has not seen, as a user's own would be.
 
@@ -123,7 +123,10 @@ def train_small_moe(config: SmallMoeTrainingConfig) -> dict:
     for name in TOKENIZER_FILES:
         shutil.copyfile(BASE_FOLDER / name, output / name)
     report = train(
-        config, build_model=build_model, loss_of=partial(balanced_loss, coefficient=config.balance_coefficient)
+        config,
+        command="train_small_moe.py",
+        build_model=build_model,
+        loss_of=partial(balanced_loss, coefficient=config.balance_coefficient),
     )
     if report.get("finished", True):
         report["expert_shares_of_validation_tokens"] = expert_shares(output)

@@ -63,7 +63,7 @@ def test_epochs_batch_and_accumulation_give_the_number_of_steps(tiny_options, tm
     chosen = {"num_steps": None, "num_epochs": 2, "train_batch_size": 3, "gradient_accumulation_steps": 4}
     argv = tiny_options(tmp_path, compare=False, training_subset=20, **chosen)
     assert train.main(argv) == 0
-    settings = json.loads((tmp_path / "settings.json").read_text())
+    settings = json.loads((tmp_path / "run.json").read_text())["settings"]
     assert settings["training"]["num_epochs"] == 2
     data = comparison.DataConfig(**settings["data"])
     _, tokenizer = comparison.load_base_model(settings["run"]["model_name"])
@@ -194,9 +194,10 @@ def test_a_checkpoint_of_another_base_is_refused_and_both_are_named(tiny_options
     said = refused(tiny_options(tmp_path / "run", compare=False, num_steps=2, model_name=tmp_path / "other"), capsys)
     assert f"model_name ({tiny_base} there, {tmp_path / 'other'} asked for)" in said
     # the same name, but another model behind it
-    settings = json.loads((tmp_path / "run" / "settings.json").read_text())
-    settings["run"]["model_name"] = str(tmp_path / "other")
-    (tmp_path / "run" / "settings.json").write_text(json.dumps(settings))
+    noted = json.loads((tmp_path / "run" / "run.json").read_text())
+    noted["settings"]["run"]["model_name"] = str(tmp_path / "other")
+    (tmp_path / "run" / "run.json").write_text(json.dumps(noted))
+    (tmp_path / "run" / "results.json").unlink()
     (tmp_path / "run" / "mixture" / "finished.json").unlink()
     said = refused(tiny_options(tmp_path / "run", compare=False, num_steps=2, model_name=tmp_path / "other"), capsys)
     assert str(tiny_base) in said and "hidden_size 32 against 48" in said
@@ -238,11 +239,12 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(tiny_options, tmp_path, ca
     assert train.main(tiny_options(tmp_path, **chosen)) == 0
     whole = losses(tmp_path)
     (tmp_path / "mixture" / "finished.json").unlink()
+    (tmp_path / "results.json").unlink()
     newest = tmp_path / "mixture" / "checkpoints" / "checkpoint-8"
     optimizer = newest / "optimizer.pt"
     optimizer.write_bytes(optimizer.read_bytes()[:100])
     assert train.main([*tiny_options(tmp_path, **chosen), "--resume_from_checkpoint"]) == 0
-    assert f"{newest} was cut off while it was written" in caplog.text
+    assert f"{newest} is damaged or was cut off while it was written" in caplog.text
     assert f"continuing from {newest.with_name('checkpoint-6')}" in caplog.text
     assert losses(tmp_path) == whole
 

@@ -5,9 +5,7 @@ forgets is what continual learning is about. All at once, it sees every skill's 
 visits together: the bound, which needs all text at the same time.
 """
 
-import json
 import logging
-import os
 import shutil
 from pathlib import Path
 
@@ -24,7 +22,7 @@ from dylo_moe.continual.steps import train_steps
 from dylo_moe.target_modules import find_target_modules, has_transposed_weights
 from moe_common.models.base_model import load_base_model
 from moe_common.models.perplexity import measure_blocks
-from moe_common.runs.whole_files import write_json
+from moe_common.runs.whole_files import read_json, whole_folder, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +58,7 @@ def train_in_sequence(config, folder: Path, *, texts: dict[str, SkillText], num_
             )
             so_far = [other for other in config.skills if other in config.continual[: number + 1]]
             _write(model, config, visit_folder, {other: texts[other].measured for other in so_far})
-        done.append(json.loads((visit_folder / VISIT).read_text(encoding="utf-8")))
+        done.append(read_json(visit_folder / VISIT))
     return {"parameters": done[-1]["parameters"], "mean_nll": [visit["mean_nll"] for visit in done]}
 
 
@@ -80,7 +78,7 @@ def train_joint(config, folder: Path, *, texts: dict[str, SkillText], num_parame
             name="one LoRA on all at once",
         )
         _write(model, config, folder, {name: text.measured for name, text in texts.items()})
-    return json.loads((folder / VISIT).read_text(encoding="utf-8"))
+    return read_json(folder / VISIT)
 
 
 def add_lora_of(base: nn.Module, num_parameters: int, *, alpha_over_r: float, dropout: float) -> PeftModel:
@@ -164,11 +162,9 @@ def _train(model, blocks, config, *, rate: float, num_steps: int, number: int, f
 
 def _write(model, config, folder: Path, tests: dict[str, Dataset]) -> None:
     """Save the LoRA and measure what was saved; the whole folder or nothing."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    saved = PeftModel.from_pretrained(load_base_model(config.model_name)[0], partial).to(model.device)
-    mean_nll = {name: measure_blocks(saved, blocks).mean_nll for name, blocks in tests.items()}
-    write_json(partial / VISIT, {"parameters": parameters, "mean_nll": mean_nll})
-    os.replace(partial, folder)
+    with whole_folder(folder) as partial:
+        model.save_pretrained(partial)
+        parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        saved = PeftModel.from_pretrained(load_base_model(config.model_name)[0], partial).to(model.device)
+        mean_nll = {name: measure_blocks(saved, blocks).mean_nll for name, blocks in tests.items()}
+        write_json(partial / VISIT, {"parameters": parameters, "mean_nll": mean_nll})

@@ -12,10 +12,8 @@ For each skill that arrives, in this order:
     results = run(ContinualConfig(continual=["prose", "code", "math"], output_dir="runs/continual"))
 """
 
-import json
 import logging
 import math
-import os
 import shutil
 import time
 from dataclasses import asdict, dataclass, field
@@ -34,19 +32,20 @@ from dylo_moe.continual.steps import train_steps
 from dylo_moe.model import DyLoRA_MoE
 from dylo_moe.model_card import describe_training, shown
 from dylo_moe.skills import SkillLibrary, embed_blocks, measure_background
-from dylo_moe.training.run_settings import SETTINGS, refuse_other_settings
 from dylo_moe.training.trainer import multiplies_bf16_fast
-from moe_common.models.base_identity import BaseIdentity
 from moe_common.models.base_model import default_device, load_base_model
 from moe_common.models.perplexity import measure_blocks
-from moe_common.runs.drawing import load_pyplot
+from moe_common.runs.drawing import load_pyplot, only_a_picture
 from moe_common.runs.options import check_at_least
-from moe_common.runs.whole_files import write_json, write_text
+from moe_common.runs.processes import num_processes
+from moe_common.runs.run_folder import RunFolder
+from moe_common.runs.whole_files import read_json, whole_folder, write_json, write_text
 
 __all__ = ["ContinualConfig", "as_text", "read_texts", "run"]
 
 logger = logging.getLogger(__name__)
 
+COMMAND = "train.py --continual"
 # The router's weight decay while an expert is consolidated: one that is trained at a fraction of its weight grows too
 # loud for the text of others, which gives it some weight too.
 SURE = 1e-3
@@ -111,7 +110,7 @@ class ContinualConfig:
         if not self.continual:
             raise ValueError("continual names no skill. Give at least one, e.g. --continual prose code math.")
         check_at_least(self, lora_r=1, top_k=1, train_batch_size=1, replay_blocks=1, eval_blocks=1, max_seq_length=2)
-        check_at_least(self, seed_steps=0, consolidate_steps=0, first_adapted_block=0)
+        check_at_least(self, seed_steps=0, consolidate_steps=0, first_adapted_block=0, seed=0)
         check_at_least(self, novelty_margin=0, router_weight_decay=0)
         check_at_least(self, probe_blocks=BLOCKS_IN_A_BATCH, calibration_blocks=FEWEST_BATCHES * BLOCKS_IN_A_BATCH)
         if self.seed_steps + self.consolidate_steps < 1:
@@ -162,14 +161,17 @@ def run(config: ContinualConfig) -> dict:
     Raises:
         ValueError: unknown or too little data, an output folder with a run of other settings, or several processes.
     """
-    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+    if (processes := num_processes()) > 1:
         raise ValueError(
             f"{processes} processes were started, but skills are learnt in one. Start train.py --continual by python "
             "alone."
         )
     load_pyplot()  # a picture is drawn in the end
     started, on_cpu, output = time.monotonic(), time.process_time(), Path(config.output_dir)
-    refuse_other_settings(output, asdict(config), free=("output_dir",))
+    folder = RunFolder(output, COMMAND, asdict(config), free=("output_dir",))
+    if (output / RESULTS).exists():
+        logger.info("the run in %s is finished already", output)
+        return read_json(output / RESULTS)
     base, tokenizer = load_base_model(config.model_name)
     if config.first_adapted_block >= base.config.get_text_config().num_hidden_layers:
         raise ValueError(
@@ -178,9 +180,18 @@ def run(config: ContinualConfig) -> dict:
         )
     logger.info("reading %s", ", ".join(config.skills))
     texts = read_texts(config, tokenizer)
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(output / SETTINGS, {**asdict(config), "base": BaseIdentity.of(base, config.model_name).to_dict()})
+    with folder:
+        results = _learn_and_compare(config, base, texts, output)
+        results["seconds"] = time.monotonic() - started
+        results["cpu_seconds"] = time.process_time() - on_cpu  # the time that counts where others use the cores too
+        write_text(output / TABLE, as_text(results, output))
+        write_json(output / RESULTS, results)
+        with only_a_picture(output / PICTURE):
+            draw(results, output / PICTURE)
+    return results
 
+
+def _learn_and_compare(config: ContinualConfig, base, texts: dict[str, SkillText], output: Path) -> dict:
     results = {"settings": asdict(config), "skills": config.skills, "visits": list(config.continual)}
     base.to(config.device)
     results["base"] = {skill: measure_blocks(base, text.measured).mean_nll for skill, text in texts.items()}
@@ -193,11 +204,6 @@ def run(config: ContinualConfig) -> dict:
         results["trained_parameters"] |= {"sequential": sequential["parameters"], "joint": joint["parameters"]}
         results["mean_nll"] |= {"sequential": sequential["mean_nll"], "joint": joint["mean_nll"]}
     results["comparison"] = compare(results)
-    results["seconds"] = time.monotonic() - started
-    results["cpu_seconds"] = time.process_time() - on_cpu  # the time that counts where others use the cores too
-    draw(results, output / PICTURE)
-    write_text(output / TABLE, as_text(results, output))
-    write_json(output / RESULTS, results)
     return results
 
 
@@ -234,7 +240,7 @@ def _grow_mixture(
             logger.info("skill %d of %d, %s, is learnt already: %s", number + 1, len(config.continual), skill, folder)
         else:
             _visit(config, texts, number, folder, base_nll)
-        done.append(json.loads((folder / VISIT).read_text(encoding="utf-8")))
+        done.append(read_json(folder / VISIT))
     return {
         "decisions": [visit["decision"] for visit in done],
         "experts": done[-1]["experts"],
@@ -294,26 +300,24 @@ def _visit(
     replay.keep(learnt, torch.tensor(spread(blocks, config.replay_blocks)["input_ids"]))
     _learn(model, replay, config, blocks, expert, is_new=verdict.is_novel, number=number, folder=folder)
 
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    replay.save(partial)
-    model, _ = _load(config, partial)  # what is measured is what was saved
-    so_far = [name for name in config.skills if name in config.continual[: number + 1]]
-    names = model.experts.get_all_adapter_names()
-    in_experts = sum(parameter.numel() for name in names for parameter in model.experts.parameters_of(name))
-    visit = {
-        "decision": {"skill": skill, "expert": expert, **asdict(verdict)},
-        "experts": names,
-        "trained_parameters": in_experts + sum(p.numel() for p in model.router.attached.parameters()),
-        "replay_bytes": replay.num_bytes,
-        "mean_nll": {name: measure_blocks(model, texts[name].measured).mean_nll for name in so_far},
-        "usage": {name: _usage(model, texts[name]) for name in so_far},
-        "seconds": time.monotonic() - started,
-    }
-    write_json(partial / VISIT, visit)
-    _describe_training(partial, config, number, {"base": base_nll, "mixture (this)": visit["mean_nll"]})
-    os.replace(partial, folder)
+    with whole_folder(folder) as partial:
+        model.save_pretrained(partial)
+        replay.save(partial)
+        model, _ = _load(config, partial)  # what is measured is what was saved
+        so_far = [name for name in config.skills if name in config.continual[: number + 1]]
+        names = model.experts.get_all_adapter_names()
+        in_experts = sum(parameter.numel() for name in names for parameter in model.experts.parameters_of(name))
+        visit = {
+            "decision": {"skill": skill, "expert": expert, **asdict(verdict)},
+            "experts": names,
+            "trained_parameters": in_experts + sum(p.numel() for p in model.router.attached.parameters()),
+            "replay_bytes": replay.num_bytes,
+            "mean_nll": {name: measure_blocks(model, texts[name].measured).mean_nll for name in so_far},
+            "usage": {name: _usage(model, texts[name]) for name in so_far},
+            "seconds": time.monotonic() - started,
+        }
+        write_json(partial / VISIT, visit)
+        _describe_training(partial, config, number, {"base": base_nll, "mixture (this)": visit["mean_nll"]})
 
 
 def _describe_training(folder: Path, config: ContinualConfig, number: int, nll: dict[str, dict[str, float]]) -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 from datasets import Dataset
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
+from moe_common.runs.resumable_trainer import ResumableTrainer
 from moe_common.runs.trainer_arguments import trainer_arguments
 from moe_common.runs.trainer_callbacks import log_in_lines
 
@@ -53,7 +54,7 @@ def train_steps(
         disable_tqdm=True,
         seed=seed,
     )
-    trainer = Trainer(
+    trainer = ResumableTrainer(
         model=model,
         args=arguments,
         train_dataset=blocks,

@@ -8,31 +8,29 @@ A checkpoint is the folder of an adapter, or the folder of a run of `train.py`, 
 and HumanEval need the extra `eval`.
 """
 
-import json
 import logging
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
 
 from dylo_moe.evaluate.humaneval import Outcome, complete_problems, load_problems, run_tests, write_samples
-from dylo_moe.evaluate.unfinished import Unfinished
 from dylo_moe.model import SETTINGS as GROWING_SETTINGS
 from dylo_moe.model import DyLoRA_MoE
 from dylo_moe.training.comparison_report import MIXTURE
 from dylo_moe.training.data import DataConfig, prepare
-from dylo_moe.training.run_settings import SETTINGS
 from moe_common.models.base_identity import BaseIdentity
 from moe_common.models.base_model import Quantization, load_base_model
 from moe_common.models.lm_eval_tasks import find_tasks, run_tasks
 from moe_common.models.perplexity import measure_blocks
-from moe_common.runs.checkpoints import BASE, check_base
+from moe_common.runs.checkpoints import BASE, check_base, weights_of
 from moe_common.runs.commands import run_command
-from moe_common.runs.downloads import file_sha256
 from moe_common.runs.options import OptionParser, check_at_least, split_names
-from moe_common.runs.whole_files import write_json
+from moe_common.runs.run_folder import RUN, Measured, RunFolder
+from moe_common.runs.whole_files import check_free, check_writable, read_json
 from moe_common.text.packing import keeps_documents_apart
 
 logger = logging.getLogger(__name__)
@@ -113,8 +111,9 @@ class EvaluateConfig:
     @property
     def data(self) -> DataConfig:
         """The held-out text, with what is not given taken from the run that the checkpoint lies in."""
-        settings = self.folder.parent / SETTINGS
-        held = json.loads(settings.read_text(encoding="utf-8")).get("data", {}) if settings.is_file() else {}
+        noted = self.folder.parent / RUN
+        settings = read_json(noted).get("settings", {}) if noted.is_file() else {}
+        held = settings.get("data", {})
         chosen = {
             name: getattr(self, name) if getattr(self, name) is not None else held[name]
             for name in ("datasets", "max_seq_length", "separate_documents", "text_column")
@@ -125,7 +124,7 @@ class EvaluateConfig:
 
 
 def evaluate(config: EvaluateConfig) -> dict:
-    """Measure what is asked for.
+    """Measure what is asked for, or read what the same evaluation has found; an interrupted one is continued.
 
     Returns:
         `perplexity`: for each dataset that of the `base` and of the `checkpoint`; `tasks` and `humaneval` where asked.
@@ -133,20 +132,36 @@ def evaluate(config: EvaluateConfig) -> dict:
     Raises:
         ValueError: the checkpoint is of another base model, or a dataset cannot be read.
         FileNotFoundError: a folder, file or model is not there.
+        FileExistsError: `output` or `samples` is there, and not of this evaluation.
         ModuleNotFoundError: a task or HumanEval is asked for without the extra `eval`.
     """
+    run = _run_of(config)
+    if run is None:
+        return _measure(config, lambda _, measure: measure())
+    if config.output and run.is_done:
+        logger.info(run.done)
+        return read_json(config.output)
+    with run:
+        results = _measure(config, run.measured)
+        if config.output:
+            run.write_result(results)
+        else:
+            run.forget()
+    return results
+
+
+def _measure(config: EvaluateConfig, measured: Measured) -> dict:
     # Both fail before a model is loaded.
     problems = load_problems(limit=config.limit) if config.humaneval else None
     tasks = find_tasks(config.task_names, include_path=config.include_path) if config.tasks else None
     model, tokenizer = load_checkpoint(config)
-    unfinished = _unfinished(config)
-    results = {"settings": asdict(config), "perplexity": _perplexities(model, tokenizer, config, unfinished)}
+    results: dict[str, Any] = {"perplexity": _perplexities(model, tokenizer, config, measured)}
     if tasks is not None:
         how = {"limit": config.limit, "batch_size": config.eval_batch_size}
         run = partial(run_tasks, model, tokenizer, config.task_names, tasks, **how)
-        results["tasks"] = unfinished.measured("tasks", run)
+        results["tasks"] = measured("tasks", run)
     if problems is not None:
-        samples = complete_problems(model, tokenizer, problems, unfinished)
+        samples = complete_problems(model, tokenizer, problems, measured)
         write_samples(samples, Path(config.samples))
         results["humaneval"] = {"problems": len(samples), "samples": config.samples}
         if config.allow_code_execution:
@@ -156,17 +171,21 @@ def evaluate(config: EvaluateConfig) -> dict:
                 "pass@1": passed / len(samples),
                 "outcomes": {task: outcome.value for task, outcome in outcomes.items()},
             }
-    unfinished.finish()
     return results
 
 
-def _unfinished(config: EvaluateConfig) -> Unfinished:
-    """What an evaluation with these options kept when it was broken off; beside its results, or its completions."""
+def _run_of(config: EvaluateConfig) -> RunFolder | None:
+    """What keeps the findings of an evaluation: beside its results or its completions, where it writes any."""
     beside = config.output or (config.samples if config.humaneval else None)
-    settings = {name: value for name, value in asdict(config).items() if name not in FREE_SETTINGS}
-    weights = {file.name: file_sha256(file) for file in sorted(config.folder.glob("adapter_model.*"))}
-    path = None if beside is None else Path(f"{beside}.unfinished")
-    return Unfinished(path, {"settings": settings, "weights": weights})
+    if beside is None:
+        return None
+    option = "--output" if config.output else "--samples"
+    settings = {**asdict(config), "weights": weights_of(config.folder)}
+    run = RunFolder.beside(beside, "dylo_moe.evaluate", settings, free=FREE_SETTINGS, option=option)
+    if config.humaneval and not run.is_begun and not (config.output and run.is_done):
+        check_writable(config.samples)
+        check_free(Path(config.samples))
+    return run
 
 
 def load_checkpoint(config: EvaluateConfig):
@@ -176,8 +195,8 @@ def load_checkpoint(config: EvaluateConfig):
         ValueError: `model_name` is another base than the adapter was trained on.
     """
     folder = config.folder
-    adapter = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    noted = json.loads((folder / BASE).read_text(encoding="utf-8")) if (folder / BASE).is_file() else {}
+    adapter = read_json(folder / ADAPTER_CONFIG)
+    noted = read_json(folder / BASE) if (folder / BASE).is_file() else {}
     name = config.model_name or noted.get("name") or adapter.get("base_model_name_or_path")
     if not name:
         raise ValueError(f"{folder} does not say which base model it was trained on. Name it with --model_name.")
@@ -215,7 +234,7 @@ def as_text(results: dict) -> str:
     return "\n".join(lines)
 
 
-def _perplexities(model, tokenizer, config: EvaluateConfig, unfinished: Unfinished) -> dict[str, dict[str, float]]:
+def _perplexities(model, tokenizer, config: EvaluateConfig, measured: Measured) -> dict[str, dict[str, float]]:
     data = config.data
     apart = data.separate_documents and keeps_documents_apart(model.get_base_model())
 
@@ -227,15 +246,13 @@ def _perplexities(model, tokenizer, config: EvaluateConfig, unfinished: Unfinish
         found = measure_blocks(model, rows, batch_size=config.eval_batch_size).perplexity
         return {"base": base, "checkpoint": found}
 
-    return {name: unfinished.measured(f"perplexity of {name}", partial(measure, name)) for name in data.domains}
+    return {name: measured(f"perplexity of {name}", partial(measure, name)) for name in data.domains}
 
 
 def evaluate_and_say(config: EvaluateConfig) -> str:
     results = evaluate(config)
-    if not config.output:
-        return as_text(results)
-    write_json(Path(config.output), results)
-    return f"{as_text(results)}\n\nresults   {config.output}"
+    where = f"\n\nresults   {config.output}" if config.output else ""
+    return f"{as_text(results)}{where}"
 
 
 def main(argv: list[str] | None = None) -> int:

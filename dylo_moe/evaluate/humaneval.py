@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from dylo_moe.evaluate.sandbox import TimedOut, run_untrusted
-from dylo_moe.evaluate.unfinished import Unfinished
+from moe_common.runs.run_folder import Measured
 from moe_common.runs.whole_files import write_text
 
 logger = logging.getLogger(__name__)
@@ -61,16 +61,16 @@ def load_problems(*, limit: int | None = None) -> list[Problem]:
     return list(read_problems().values())[:limit]
 
 
-def complete_problems(model, tokenizer, problems: list[Problem], unfinished: Unfinished) -> dict[str, str]:
+def complete_problems(model, tokenizer, problems: list[Problem], measured: Measured) -> dict[str, str]:
     """What the model writes after each prompt, greedily, cut where the function ends; keyed by `task_id`.
 
     Args:
-        unfinished: keeps each completion.
+        measured: keeps each completion by its name; `RunFolder.measured`.
     """
     completions = {}
     for problem in tqdm(problems, desc="HumanEval", dynamic_ncols=True):
         task = problem["task_id"]
-        completions[task] = unfinished.measured(task, partial(_complete, model, tokenizer, problem["prompt"]))
+        completions[task] = measured(task, partial(_complete, model, tokenizer, problem["prompt"]))
     return completions
 
 

@@ -2,12 +2,11 @@
 
     results = run(MixtureConfig(), DataConfig(), TrainingConfig(), RunConfig(output_dir="runs/first"))
 
-What is on disk is not made again: a run that was broken off continues where it was when started with the same
+What is on disk is not made again: a run that was interrupted continues where it was when started with the same
 settings.
 """
 
 import logging
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -22,14 +21,15 @@ from dylo_moe.training.adapters import MixtureConfig, add_lora_of_size, add_mixt
 from dylo_moe.training.comparison_report import LORA, MIXTURE, PICTURE, RESULTS, describe_adapter
 from dylo_moe.training.data import DataConfig, PreparedData, prepare, reads_conversations
 from dylo_moe.training.expert_usage import draw_usage, usage_by_block
-from dylo_moe.training.run_settings import SETTINGS, refuse_other_settings
 from dylo_moe.training.throughput import tokens_per_second
 from dylo_moe.training.trainer import CHECKPOINTS, TrainingConfig, forget_training, is_trained, train_adapter
 from moe_common.models.base_model import Quantization, load_base_model
 from moe_common.models.perplexity import measure_blocks
 from moe_common.runs.checkpoints import checkpoints, is_complete
-from moe_common.runs.drawing import load_pyplot
-from moe_common.runs.whole_files import write_json
+from moe_common.runs.drawing import load_pyplot, only_a_picture
+from moe_common.runs.processes import num_processes, process_rank
+from moe_common.runs.run_folder import RunFolder
+from moe_common.runs.whole_files import read_json, remove, write_json
 from moe_common.text.batches import TurnTakingSampler, collate
 from moe_common.text.documents import load_documents
 from moe_common.text.instructions import render_question
@@ -37,6 +37,7 @@ from moe_common.text.packing import keeps_documents_apart
 
 logger = logging.getLogger(__name__)
 
+COMMAND = "train.py"
 # Settings that change nothing in what a run computes, so that it may be continued with others.
 FREE_SETTINGS = ("output_dir", "resume_from_checkpoint", "data_prep_only", "report_to", "eval_batch_size")
 
@@ -84,8 +85,12 @@ def run(mixture: MixtureConfig, data: DataConfig, training: TrainingConfig, conf
         "training": asdict(training),
         "run": asdict(config),
     }
-    refuse_other_settings(output, settings, free=FREE_SETTINGS)
+    begins_again = config.resume_from_checkpoint is False
+    folder = RunFolder(output, COMMAND, settings, free=FREE_SETTINGS, writes=is_first_process())
     _refuse_to_continue_nothing(output, config)
+    if (output / RESULTS).exists() and not begins_again:
+        logger.info("the run in %s is finished already", output)
+        return read_json(output / RESULTS) if is_first_process() else {}
     base, tokenizer = _load_base(config, training)
     apart = _documents_kept_apart(base, data)
     logger.info("reading %s", ", ".join(data.domains))
@@ -96,17 +101,33 @@ def run(mixture: MixtureConfig, data: DataConfig, training: TrainingConfig, conf
     }
     rows, sampler = _in_one(parts, data, training)
     validation = _read_validation(parts, data, training, tokenizer, apart)
-    if is_first_process():
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(output / SETTINGS, settings)
-        if config.resume_from_checkpoint is False:
+    with folder:
+        if is_first_process() and begins_again:
+            remove(output / RESULTS)
             for name in (MIXTURE, LORA):
                 forget_training(output / name)
+        sizes = _train_all(base, mixture, rows, sampler, validation, training, config)
+        if not is_first_process():
+            return {}
+        return _measure_all(sizes, settings, held_out, tokenizer, data, training, config)
+
+
+def _train_all(
+    base,
+    mixture: MixtureConfig,
+    rows: Dataset,
+    sampler: TurnTakingSampler | None,
+    validation: Dataset | None,
+    training: TrainingConfig,
+    config: RunConfig,
+) -> dict[str, int]:
+    """Train the mixture, and the LoRA where one is wanted; returns the number of parameters of each."""
+    output, resume = Path(config.output_dir), config.resume_from_checkpoint is not False
 
     def train(model, name: str, described: str) -> int:
         """Train an adapter unless it is trained already; returns the number of its parameters."""
         size, folder = num_trained(model), output / name
-        if is_trained(folder) and config.resume_from_checkpoint is not False:
+        if is_trained(folder) and resume:
             logger.info("the %s in %s is trained already", described, folder)
         else:
             logger.info("training %s (%s parameters)", described, f"{size:,}")
@@ -117,7 +138,7 @@ def run(mixture: MixtureConfig, data: DataConfig, training: TrainingConfig, conf
                 folder,
                 sampler=sampler,
                 validation=validation,
-                resume=config.resume_from_checkpoint is not False,
+                resume=resume,
                 base_name=config.model_name,
             )
         return size
@@ -132,10 +153,21 @@ def run(mixture: MixtureConfig, data: DataConfig, training: TrainingConfig, conf
         if is_first_process():
             describe_lora(lora, output / LORA, base_name=config.model_name)
         sizes[LORA] = train(lora, LORA, f"one LoRA of rank {lora.peft_config['default'].r}")
-    if not is_first_process():
-        return {}
+    return sizes
 
+
+def _measure_all(
+    sizes: dict[str, int],
+    settings: dict,
+    held_out: dict[str, Dataset],
+    tokenizer,
+    data: DataConfig,
+    training: TrainingConfig,
+    config: RunConfig,
+) -> dict:
+    """Measure what was saved, and write it down; the picture last, without which the results stand."""
     logger.info("measuring what was saved, on held-out text")
+    output = Path(config.output_dir)
     saved = {name: _load_saved(output / name, config) for name in sizes}
     model = saved[MIXTURE]
     results = {
@@ -147,11 +179,12 @@ def run(mixture: MixtureConfig, data: DataConfig, training: TrainingConfig, conf
     usage = {name: usage_by_block(model, blocks) for name, blocks in held_out.items()}
     results["usage"] = {name: usage_LE.tolist() for name, usage_LE in usage.items()}
     results["continuations"] = _continuations(model, tokenizer, data)
-    draw_usage(usage, model.mixture_config.expert_names, output / PICTURE)
-    write_json(output / RESULTS, results)
     for name in sizes:
         describe_adapter(output / name, results, name)
-    return results
+    write_json(output / RESULTS, results)
+    with only_a_picture(output / PICTURE):
+        draw_usage(usage, model.mixture_config.expert_names, output / PICTURE)
+    return read_json(output / RESULTS)
 
 
 def report_data(data: DataConfig, training: TrainingConfig, config: RunConfig) -> str:
@@ -163,7 +196,7 @@ def report_data(data: DataConfig, training: TrainingConfig, config: RunConfig) -
 
 def is_first_process() -> bool:
     """Whether this process is the one that writes, of those that torchrun or accelerate started together."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return process_rank() == 0
 
 
 def _load_base(config: RunConfig, training: TrainingConfig):
@@ -216,8 +249,7 @@ def _read_for_training(name: str, data: DataConfig, training: TrainingConfig, to
 
 
 def _rows_of_a_step(training: TrainingConfig) -> int:
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    return training.train_batch_size * training.gradient_accumulation_steps * processes
+    return training.train_batch_size * training.gradient_accumulation_steps * num_processes()
 
 
 def _in_one(

@@ -1,30 +1,24 @@
-"""Train an adapter with transformers' Trainer: progress shown, routing watched, a broken run continued."""
+"""Train an adapter with transformers' Trainer: progress shown, routing watched, an interrupted run continued."""
 
 import importlib.util
 import logging
 import math
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
 from datasets import Dataset
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from dylo_moe.training.routing_watch import RoutingWatch
 from moe_common.models.base_identity import BaseIdentity
-from moe_common.runs.checkpoints import (
-    MarkCompleteCheckpoints,
-    check_base,
-    newest_complete,
-    remove_incomplete,
-    save_base_identity,
-)
+from moe_common.runs.checkpoints import check_base, save_base_identity
 from moe_common.runs.options import check_at_least, split_names
+from moe_common.runs.resumable_trainer import ResumableTrainer
 from moe_common.runs.trainer_arguments import trainer_arguments
-from moe_common.runs.whole_files import write_json
+from moe_common.runs.whole_files import remove, write_json
 from moe_common.text.batches import TurnTakingSampler, collate
 from moe_common.text.packing import IGNORED_LABEL
 
@@ -76,7 +70,7 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         check_at_least(self, train_batch_size=1, eval_batch_size=1, gradient_accumulation_steps=1, num_steps=1)
-        check_at_least(self, save_steps=1, logging_steps=1, early_stopping_patience=1, weight_decay=0)
+        check_at_least(self, save_steps=1, logging_steps=1, early_stopping_patience=1, weight_decay=0, seed=0)
         for name in ("learning_rate", "num_epochs"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be positive.")
@@ -166,7 +160,7 @@ def train_adapter(
 ) -> dict:
     """Train a PeftModel and save its adapter to a folder.
 
-    A run that was broken off continues from its newest whole checkpoint when called again with the same arguments.
+    A run that was interrupted continues from its newest whole checkpoint when called again with the same arguments.
 
     Args:
         model: a PeftModel; changed in place.
@@ -183,17 +177,14 @@ def train_adapter(
 
     Raises:
         ValueError: the checkpoint in the folder is of another base model.
+        NotFiniteError: a loss or a weight is not finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
     base = BaseIdentity.of(model.get_base_model(), base_name)
     check_base(folder, base)
-    callbacks: list[TrainerCallback] = [MarkCompleteCheckpoints()]
-    if config.early_stopping_patience is not None:
-        callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))
+    patience = config.early_stopping_patience
     arguments = training_arguments(config, folder, num_rows=len(rows), validated=validation is not None)
-    checkpoint = newest_complete(Path(arguments.output_dir)) if resume else None
     if arguments.should_save:
-        remove_incomplete(Path(arguments.output_dir))
         save_base_identity(folder, base)
     trainer = RoutedTrainer(
         model=model,
@@ -201,13 +192,11 @@ def train_adapter(
         train_dataset=rows,
         eval_dataset=validation,
         data_collator=collate,
-        callbacks=callbacks,
+        callbacks=[] if patience is None else [EarlyStoppingCallback(patience)],
         label_smoothing=config.label_smoothing,
         sampler=sampler,
     )
-    if checkpoint is not None:
-        logger.info("continuing from %s", checkpoint)
-    outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    outcome = trainer.train_on(resume=resume)
     trainer.save_model(str(folder))  # of all processes together, where each holds a part
     measured = {
         "loss": outcome.training_loss,
@@ -219,7 +208,7 @@ def train_adapter(
     return measured
 
 
-class RoutedTrainer(Trainer):
+class RoutedTrainer(ResumableTrainer):
     """A Trainer that knows of routing: its losses under label smoothing, and what the gates do in the log.
 
     Args:
@@ -293,8 +282,8 @@ def is_trained(folder: Path) -> bool:
 
 def forget_training(folder: Path) -> None:
     """Take away what says that training in this folder was finished, or where it stood; the adapter stays."""
-    (folder / FINISHED).unlink(missing_ok=True)
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    for name in (FINISHED, CHECKPOINTS):
+        remove(folder / name)
 
 
 def is_installed(package: str) -> bool:

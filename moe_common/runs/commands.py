@@ -5,27 +5,19 @@ def main(argv=None):
 """
 
 import logging
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from moe_common.runs.allocator import keep_freed_memory
-from moe_common.runs.downloads import DownloadError
+from moe_common.runs.failures import WORLD, as_line
 from moe_common.runs.options import OptionParser
+from moe_common.runs.processes import process_rank
 
-# What a user can set right: an option, a path, a package, a connection.
-REFUSALS = (
-    ValueError,
-    FileNotFoundError,
-    FileExistsError,
-    NotADirectoryError,
-    IsADirectoryError,
-    PermissionError,
-    ModuleNotFoundError,
-    DownloadError,
-)
 REFUSED = 2
 INTERRUPTED = 130  # what a shell reports of a program that was stopped by Ctrl-C
 LOG_FORMAT, LOG_TIME = "%(asctime)s %(message)s", "%H:%M:%S"
@@ -94,22 +86,31 @@ def run_command(parser: OptionParser, work: Callable[..., str | None], argv: Seq
         argv: words of the command line; by default those of the process.
 
     Returns:
-        The exit code: 0, or 130 after Ctrl-C.
+        The exit code: 0, or 130 after Ctrl-C or SIGTERM.
 
     Raises:
         SystemExit: with code 2 after one line, where options or `work` are refused; with 0 after --help.
     """
-    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, datefmt=LOG_TIME, stream=sys.stderr)
     for name, least in QUIETER.items():
         logging.getLogger(name).setLevel(least)
     warnings.filterwarnings("ignore", message=OLDER_NAME, category=FutureWarning)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread:  # what a scheduler sends ends as Ctrl-C does
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        level = logging.INFO if process_rank() == 0 else logging.ERROR
+        logging.basicConfig(level=level, format=LOG_FORMAT, datefmt=LOG_TIME, stream=sys.stderr)
         text = work(*parser.parse(argv))
-    except REFUSALS as refused:
-        parser.error(str(refused))
     except KeyboardInterrupt:
         print(f"\n{STOPPED}", file=sys.stderr)  # below the line of a progress bar
         return INTERRUPTED
+    except WORLD as failed:
+        if (line := as_line(failed)) is None:
+            raise
+        parser.error(line)
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, before)
     if text:
         print(text)
     return 0

@@ -8,6 +8,7 @@ key of the file that is no option is refused, so that a misspelt one never passe
 
 import argparse
 import difflib
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -184,15 +185,31 @@ def _kind(action: argparse.Action) -> str:
 
 
 def check_at_least(options: Any, **least: float) -> None:
-    """Refuse options that are set below their bound.
+    """Refuse options that are set below their bound, or to no finite number.
 
     Raises:
         ValueError: which one, its value, and the bound.
     """
     for name, bound in least.items():
         value = getattr(options, name)
-        if value is not None and value < bound:
-            raise ValueError(f"{name} is {value}, but must be at least {bound}.")
+        if value is not None and not bound <= value < math.inf:
+            raise ValueError(f"{name} is {value}, but must be {_at_most_finite(value)}at least {bound}.")
+
+
+def check_above(options: Any, **below: float) -> None:
+    """Refuse options that are not above their bound, or no finite number.
+
+    Raises:
+        ValueError: which one, its value, and the bound.
+    """
+    for name, bound in below.items():
+        value = getattr(options, name)
+        if value is not None and not bound < value < math.inf:
+            raise ValueError(f"{name} is {value}, but must be {_at_most_finite(value)}above {bound}.")
+
+
+def _at_most_finite(value: float) -> str:
+    return "" if math.isfinite(value) else "a finite number "
 
 
 def split_names(text: str) -> list[str]:

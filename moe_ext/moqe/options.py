@@ -1,9 +1,10 @@
 """The options of the commands."""
 
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Literal, get_args
 
-from moe_common.runs.options import check_at_least
+from moe_common.runs.options import check_above, check_at_least
 from moe_common.text.documents import Part
 from moe_ext.moqe.experts.expert import Dtype, GgufBackend
 from moe_ext.moqe.mixture.router import Mode, RouterConfig
@@ -75,10 +76,8 @@ class TrainingOptions(TextOptions, ComputeOptions, RouterConfig):
         TextOptions.__post_init__(self)
         RouterConfig.__post_init__(self)
         check_at_least(self, gradient_accumulation_steps=1, max_tokens=1, validation_tokens=1, cache_gb=0)
-        check_at_least(self, save_steps=1, logging_steps=1, weight_decay=0, curriculum_epochs=0)
-        for name in ("learning_rate", "epochs"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be above 0.")
+        check_at_least(self, save_steps=1, logging_steps=1, weight_decay=0, curriculum_epochs=0, seed=0)
+        check_above(self, learning_rate=0, epochs=0)
         if not 0 <= self.warmup_fraction < 1:
             raise ValueError(f"warmup_fraction is {self.warmup_fraction}, but must lie between 0 and 1.")
 
@@ -128,6 +127,8 @@ class EvalOptions(TextOptions, ComputeOptions):
     def __post_init__(self) -> None:
         TextOptions.__post_init__(self)
         check_at_least(self, max_tokens=1, resamples=1, speed_rounds=0)
+        if self.output and Path(self.output).suffix == ".json":
+            raise ValueError(f"output is {self.output}, but must name a Markdown file; the JSON goes beside it.")
 
 
 @dataclass(kw_only=True)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from moe_common.runs.failures import reading
 from moe_common.runs.whole_files import write_text
 from moe_ext.router_ft.matrices import Matrix
 
@@ -144,7 +145,7 @@ def read_alpha_csv(path: str | Path) -> dict[str, float]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no alpha table {path}. Write one with: python -m moe_ext.router_ft alpha")
     alphas: dict[str, float] = {}
-    with open(path, newline="", encoding="utf-8") as file:
+    with reading(path), open(path, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         missing = {"layer_name", "alpha_hill"} - set(reader.fieldnames or ())
         if missing:

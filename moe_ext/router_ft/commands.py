@@ -12,8 +12,11 @@ from transformers import PreTrainedModel
 
 from moe_common.models.base_model import default_device
 from moe_common.models.lm_eval_tasks import find_tasks, run_tasks
-from moe_common.runs.options import check_at_least, split_names
-from moe_common.runs.whole_files import check_free, write_json
+from moe_common.runs.checkpoints import weights_of
+from moe_common.runs.downloads import file_sha256
+from moe_common.runs.options import check_above, check_at_least, split_names
+from moe_common.runs.run_folder import RunFolder
+from moe_common.runs.whole_files import check_free, check_writable
 from moe_common.text.documents import Part
 from moe_common.text.reading import read_blocks
 from moe_ext.gptq import BLOCK_SIZE, DAMP
@@ -28,7 +31,7 @@ from moe_ext.router_ft.formats import bits_per_weight
 from moe_ext.router_ft.load import export_pt, load
 from moe_ext.router_ft.matrices import find_matrices
 from moe_ext.router_ft.objectives import NEED_TEACHER
-from moe_ext.router_ft.plan import read_plan, write_plan
+from moe_ext.router_ft.plan import read_plan
 from moe_ext.router_ft.quantize import Method, quantize_model
 
 logger = logging.getLogger(__name__)
@@ -57,7 +60,10 @@ class AlphaOptions:
 
 
 def run_alpha(options: AlphaOptions) -> str:
-    """Write the alpha table of a model."""
+    """Write the alpha table of a model; one that is there is written again, and nothing else is overwritten."""
+    check_writable(options.output)
+    if Path(options.output).exists():
+        read_alpha_csv(options.output)
     model, _ = load_moe(options.model)
     matrices = find_matrices(model)
     rows = alpha_table(model, tqdm(matrices, desc="matrices", unit=""), estimate=options.estimate)
@@ -92,6 +98,7 @@ class AllocateOptions:
     def __post_init__(self):
         if (self.budget_bits is None) == (self.mxfp4_ratio is None):
             raise ValueError("Give either budget_bits or mxfp4_ratio: what may the plan cost?")
+        check_above(self, budget_bits=0)
         if self.mxfp4_ratio is not None and not 0 <= self.mxfp4_ratio <= 1:
             raise ValueError(f"mxfp4_ratio is {self.mxfp4_ratio}, but must lie between 0 and 1.")
 
@@ -106,6 +113,10 @@ class AllocateOptions:
 
 def run_allocate(options: AllocateOptions) -> str:
     """Write a plan."""
+    settings = {**asdict(options), "alpha_sha256": _sha256(options.alpha_csv)}
+    run = RunFolder.beside(options.output, "router_ft allocate", settings, option="--output")
+    if run.is_done:
+        return run.done
     alphas = read_alpha_csv(options.alpha_csv)
     model, _ = load_moe(options.model)
     budget_bits, formats = options.budget
@@ -120,7 +131,8 @@ def run_allocate(options: AllocateOptions) -> str:
         seed=options.seed,
     )
     plan = replace(plan, made_by={**asdict(options), **plan.made_by})
-    write_plan(plan, options.output)
+    with run:
+        run.write_result(plan.to_dict())
     counts = ", ".join(f"{count} {name}" for name, count in sorted(plan.counts().items()))
     return (
         f"{counts}\n{plan.bits_per_weight:.4f} bits a quantised weight, scales included; "
@@ -140,27 +152,31 @@ class QuantizeOptions(CalibrationConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.damp <= 0 or self.block_size < 1:
-            raise ValueError(f"damp ({self.damp}) and block_size ({self.block_size}) must be above 0.")
+        check_above(self, damp=0, block_size=0)
 
 
 def run_quantize(options: QuantizeOptions) -> str:
     """Write a quantised checkpoint."""
-    check_free(options.save)
+    settings = {**asdict(options), "plan_sha256": _sha256(options.config)}
+    run = RunFolder.beside(options.save, "router_ft quantize", settings, free=("device",), option="--save")
+    if run.is_done:
+        return run.done
     plan = read_plan(options.config)
     model, tokenizer = load_moe(options.model)
     plan.check_model(find_matrices(model))
     blocks_NL = calibration_blocks(options, model, tokenizer) if options.method == "gptq" else None
-    quantized = quantize_model(
-        model.to(options.device),
-        plan,
-        blocks_NL,
-        method=options.method,
-        block_size=options.block_size,
-        damp=options.damp,
-    )
-    record = {"quantize": {"options": asdict(options), **quantized.to_dict()}}
-    save_checkpoint(options.save, model, tokenizer, plan, quantized.packed, record)
+    with run:
+        quantized = quantize_model(
+            model.to(options.device),
+            plan,
+            blocks_NL,
+            method=options.method,
+            block_size=options.block_size,
+            damp=options.damp,
+        )
+        record = {"quantize": {"options": asdict(options), **quantized.to_dict()}}
+        with run.whole_result() as folder:
+            save_checkpoint(folder, model, tokenizer, plan, quantized.packed, record)
     tokens = quantized.tokens_per_expert().values()
     reached = f"; calibration tokens an expert: {min(tokens)} to {max(tokens)}" if tokens else ""
     return f"{plan.bits_per_weight:.4f} bits a quantised weight{reached}: {options.save}"
@@ -180,22 +196,28 @@ class FinetuneOptions(CalibrationConfig, FinetuneConfig):
 
 def run_finetune(options: FinetuneOptions) -> str:
     """Write a checkpoint whose routers are finetuned; all else is that of the one it came from."""
-    check_free(options.save)
-    if not Path(options.checkpoint).is_dir():
-        raise FileNotFoundError(f"There is no checkpoint folder {options.checkpoint}. Write one with: quantize")
+    source = Path(options.checkpoint)
+    if not source.is_dir():
+        raise FileNotFoundError(f"There is no checkpoint folder {source}. Write one with: quantize")
+    settings = {**asdict(options), "weights": weights_of(source)}
+    run = RunFolder.beside(options.save, "router_ft finetune", settings, free=("device",), option="--save")
+    if run.is_done:
+        return run.done
     loaded = load(options.checkpoint)
     blocks_NL = calibration_blocks(options, loaded.model, loaded.tokenizer)
     teacher = load_moe(options.model)[0].to(options.device) if options.objective in NEED_TEACHER else None
-    report = finetune_routers(
-        loaded.model.to(options.device),
-        blocks_NL,
-        options,
-        teacher=teacher,
-        seed=options.seed,
-        checkpoint=f"{options.save}.finetuning.pt",
-    )
-    record = {**loaded.record, "finetune": {"options": asdict(options), **asdict(report)}}
-    save_with_routers(options.save, Path(options.checkpoint), loaded.model, loaded.plan, record)
+    with run:
+        report = finetune_routers(
+            loaded.model.to(options.device),
+            blocks_NL,
+            options,
+            teacher=teacher,
+            seed=options.seed,
+            checkpoint=run.folder / "checkpoints",
+        )
+        record = {**loaded.record, "finetune": {"options": asdict(options), **asdict(report)}}
+        with run.whole_result() as folder:
+            save_with_routers(folder, source, loaded.model, loaded.plan, record)
     return (
         f"{report.trained} router weights in {report.steps} steps; {options.objective} on text that was not trained "
         f"on {report.loss_before:.5f} -> {report.loss_after:.5f}: {options.save}"
@@ -227,6 +249,12 @@ def run_evaluate(options: EvaluateOptions) -> str:
     """Write perplexities and task results."""
     tasks = split_names(options.tasks)
     manager = find_tasks(tasks, include_path=options.include_path) if tasks else None
+    settings = {**asdict(options), "weights": weights_of(options.checkpoint)}
+    run = RunFolder.beside(
+        options.output, "router_ft evaluate", settings, free=("device", "output"), option="--output"
+    )
+    if run.is_done:
+        return run.done
     if is_checkpoint(options.checkpoint):
         loaded = load(options.checkpoint)
         model, tokenizer = loaded.model, loaded.tokenizer
@@ -242,13 +270,18 @@ def run_evaluate(options: EvaluateOptions) -> str:
     results: dict[str, Any] = summary(losses_by_source(model.to(options.device), held_out))
     if manager is not None:
         results["tasks"] = run_tasks(model, tokenizer, tasks, manager, limit=options.limit, batch_size=BATCH_SIZE)
-    write_json(options.output, {"options": asdict(options), **results})
+    with run:
+        run.write_result(results)
     perplexities = ", ".join(f"{source} {value:.3f}" for source, value in results["perplexity"].items())
     scores = "".join(
         f"\n{task}: " + ", ".join(f"{name} {value:.4f}" for name, value in numbers.items() if math.isfinite(value))
         for task, numbers in results.get("tasks", {}).items()
     )
     return f"perplexity {perplexities}{scores}: {options.output}"
+
+
+def _sha256(path: str) -> str | None:
+    return file_sha256(Path(path)) if Path(path).is_file() else None  # whoever reads it says that it is not there
 
 
 def is_checkpoint(path: str) -> bool:
@@ -271,7 +304,7 @@ class ExportOptions:
 
 def run_export(options: ExportOptions) -> str:
     """Write the older `.pt` layout of a checkpoint."""
-    if Path(options.save).exists():
-        raise FileExistsError(f"{options.save} is there already. Name another file, or remove it.")
+    check_writable(options.save)
+    check_free(Path(options.save))
     export_pt(load(options.checkpoint), options.save)
     return f"exported: {options.save}"

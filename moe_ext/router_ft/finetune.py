@@ -8,7 +8,7 @@ gets the copies rounded after each step, or small steps would be lost in roundin
 import logging
 import time
 import zlib
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from moe_common.runs.whole_files import whole_file
+from moe_common.runs.checkpoints import load_state, save_state
+from moe_common.runs.finite import check_loss, check_weights
+from moe_common.runs.options import check_above, check_at_least
 from moe_ext.router_ft.objectives import ObjectiveName, make_objective
 from moe_ext.routers import router_parameters
 
@@ -44,11 +46,8 @@ class FinetuneConfig:
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute layers to save memory."})
 
     def __post_init__(self):
-        for name in ("temperature", "lr", "batch_size", "num_epochs"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be above 0.")
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay is {self.weight_decay}, but must not be negative.")
+        check_above(self, temperature=0, lr=0, batch_size=0, num_epochs=0)
+        check_at_least(self, weight_decay=0)
 
 
 @dataclass(frozen=True)
@@ -88,11 +87,12 @@ def finetune_routers(
         config: the objective and the optimiser.
         teacher: the model in full precision, for the objectives that compare with it.
         seed: of the order of the blocks.
-        checkpoint: a file that is written every five minutes and, between two steps, when the run is broken off;
-            where it is there already, the run that wrote it is continued, and it is deleted in the end.
+        checkpoint: a folder for the checkpoints of this finetuning and no other, written every five minutes and,
+            between two steps, when it is interrupted; it goes on from the newest whole one.
 
     Raises:
-        ValueError: too few blocks, no teacher where one is needed, a checkpoint of another run.
+        ValueError: too few blocks, no teacher where one is needed.
+        NotFiniteError: a loss or a router is not finite.
     """
     num_probes = max(1, len(blocks_NL) // PROBE_PART)
     probe_NL, text_NL = blocks_NL[:num_probes], blocks_NL[num_probes:]
@@ -111,9 +111,7 @@ def finetune_routers(
         parameter.requires_grad_(True)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    weights = zlib.crc32(repr(sorted(others.items())).encode())
-    place = Path(checkpoint) if checkpoint else None
-    run = _Run(model, routers, objective, config, text_NL, probe_NL, seed, weights, place)
+    run = _Run(model, routers, objective, config, text_NL, probe_NL, seed, Path(checkpoint) if checkpoint else None)
     try:
         report = run.to_the_end(original)
     finally:
@@ -137,13 +135,12 @@ def finetune_routers(
 
 
 class _Run:
-    """The optimiser steps, and what a broken run needs to go on."""
+    """The optimiser steps, and what an interrupted run needs to go on."""
 
-    def __init__(self, model, routers, objective, config, text_NL, probe_NL, seed, weights, checkpoint):
+    def __init__(self, model, routers, objective, config, text_NL, probe_NL, seed, checkpoint):
         self.model, self.objective, self.config = model, objective, config
         self.routers: dict[str, nn.Parameter] = routers
         self.text_NL, self.probe_NL, self.seed, self.checkpoint = text_NL, probe_NL, seed, checkpoint
-        self.weights = weights  # a checksum of all that is not trained
         self.stepping = False
         self.masters = {name: parameter.detach().float().clone() for name, parameter in routers.items()}
         self.optimizer = torch.optim.AdamW(self.masters.values(), lr=config.lr, weight_decay=config.weight_decay)
@@ -151,7 +148,7 @@ class _Run:
         self.state: dict[str, Any] = {"step": 0, "seconds": 0.0, "loss_before": None}
 
     def to_the_end(self, original: dict[str, Tensor]) -> FinetuneReport:
-        if self.checkpoint and self.checkpoint.exists():
+        if self.checkpoint:
             self._resume()
         if self.state["loss_before"] is None:
             self.state["loss_before"] = self._measure()
@@ -168,13 +165,11 @@ class _Run:
                     if time.monotonic() - saved > CHECKPOINT_SECONDS:
                         self._save()
                         saved = time.monotonic()
-        except BaseException:
+        except KeyboardInterrupt:
             if not self.stepping:  # half a step is never kept
                 self._save()
             raise
         loss_after = self._measure()
-        if self.checkpoint:
-            self.checkpoint.unlink(missing_ok=True)
         moved = sum(float((self.masters[name] - original[name].float()).square().sum()) for name in original)
         size = sum(float(tensor.float().square().sum()) for tensor in original.values())
         return FinetuneReport(
@@ -192,6 +187,7 @@ class _Run:
         # transformers recomputes layers in training mode alone; otherwise no dropout or jitter is wanted.
         self.model.train(self.config.gradient_checkpointing)
         loss = self.objective(self._batch(self.state["step"]))
+        check_loss(loss, self.state["step"] + 1, self.model.named_parameters())
         loss.backward()
         for name, parameter in self.routers.items():
             # None where no chosen expert depends on this router, as in a layer that routes nothing.
@@ -201,6 +197,7 @@ class _Run:
         self.optimizer.step()
         self._write_routers()
         self.state["step"] += 1
+        check_weights(self.masters.items(), self.state["step"])
         self.stepping = False
         return loss.item()
 
@@ -223,35 +220,20 @@ class _Run:
     def _on_device(self, tokens_BL: Tensor) -> Tensor:
         return tokens_BL.to(next(iter(self.routers.values())).device)
 
-    def _options(self) -> dict[str, Any]:
-        text = zlib.crc32(self.text_NL.numpy().tobytes())
-        return {**asdict(self.config), "seed": self.seed, "text": text, "weights": self.weights}
-
     def _save(self) -> None:
         if self.checkpoint:
-            content = {
-                "options": self._options(),
-                "state": self.state,
-                "masters": self.masters,
-                "optimizer": self.optimizer.state_dict(),
-            }
-            with whole_file(self.checkpoint) as partial:
-                torch.save(content, partial)
+            content = {"state": self.state, "masters": self.masters, "optimizer": self.optimizer.state_dict()}
+            save_state(self.checkpoint, self.state["step"], content)
 
     def _resume(self) -> None:
-        saved = torch.load(self.checkpoint, weights_only=True, map_location="cpu")
-        options = self._options()
-        if other := [name for name in options if saved["options"].get(name) != options[name]]:
-            raise ValueError(
-                f"{self.checkpoint} is of another finetuning: {other[0]} is {saved['options'].get(other[0])} there, "
-                f"{options[other[0]]} here. Use the same options to continue it, or delete the file to begin anew."
-            )
+        saved = load_state(self.checkpoint)
+        if saved is None:
+            return
         self.state = saved["state"]
         for name, master in self.masters.items():
             master.copy_(saved["masters"][name])
         self.optimizer.load_state_dict(saved["optimizer"])
         self._write_routers()
-        logger.info("continuing the finetuning of %s at step %d", self.checkpoint, self.state["step"])
 
 
 def _fingerprints(model: nn.Module, routers: dict[str, nn.Parameter]) -> dict[str, int]:

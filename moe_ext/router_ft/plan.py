@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moe_common.runs.whole_files import write_json
+from moe_common.runs.whole_files import read_json
 from moe_ext.router_ft.formats import bits_per_weight, check_format, group_size
 from moe_ext.router_ft.matrices import Matrix
 
@@ -118,11 +118,6 @@ def uniform_plan(matrices: Iterable[Matrix], name: str, *, dense: str = "BF16") 
     return Plan.from_dict(Plan(formats, shapes, {"uniform": name, "dense": dense}).to_dict(), f"uniform {name}")
 
 
-def write_plan(plan: Plan, path: str | Path) -> None:
-    """Write a plan as JSON, whole or not at all."""
-    write_json(path, plan.to_dict())
-
-
 def read_plan(path: str | Path) -> Plan:
     """Read a plan.
 
@@ -132,8 +127,4 @@ def read_plan(path: str | Path) -> Plan:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no plan {path}. Write one with: python -m moe_ext.router_ft allocate")
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as wrong:
-        raise ValueError(f"{path} is not JSON: {wrong}.") from wrong
-    return Plan.from_dict(content, str(path))
+    return Plan.from_dict(read_json(path), str(path))

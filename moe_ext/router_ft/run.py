@@ -4,23 +4,26 @@ For each plan: the model in full precision, rounded to nearest, quantised by GPT
 what the same finetuning does to the routers of the unquantised model, which is the control. A plan is a uniform format
 (`INT3`) or an allocation (`lower_alpha@3.125`: that sensitivity, that many bits a weight).
 
-A measurement that a folder already holds is not made again: a run that was broken off goes on with the same command.
+A measurement that a folder already holds is not made again: an interrupted run goes on with the same command.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moe_common.runs.options import split_names
+from moe_common.runs.run_folder import RunFolder
 from moe_common.runs.whole_files import write_text
 from moe_ext.router_ft.evaluate import mean_loss
 from moe_ext.router_ft.recovery import Recovery
 from moe_ext.router_ft.study import StudyOptions, parse_plan, prepare
 
 TABLE = "table.md"
+# Options that change none of the measurements, so that a run may be continued with others.
+FREE_OPTIONS = ("output", "device", "plans", "allocations")
 
 
 @dataclass(kw_only=True)
@@ -41,12 +44,14 @@ class RunOptions(StudyOptions):
 
 def run(options: RunOptions) -> str:
     """Measure every plan and write the table."""
-    study = prepare(options)
-    full, control = study.full, study.control
-    rows = [study.row(spec) for spec in split_names(options.plans)]
-    allocations = [study.allocation_row(spec) for spec in split_names(options.allocations)]
-    text = as_table(full, control, rows, allocations)
-    write_text(Path(options.output) / TABLE, text)
+    folder = RunFolder(options.output, "router_ft run", asdict(options), free=FREE_OPTIONS, option="--output")
+    study = prepare(options, folder)
+    with folder:
+        full, control = study.full, study.control
+        rows = [study.row(spec) for spec in split_names(options.plans)]
+        allocations = [study.allocation_row(spec) for spec in split_names(options.allocations)]
+        text = as_table(full, control, rows, allocations)
+        write_text(Path(options.output) / TABLE, text)
     return f"{text}\nwritten to {Path(options.output) / TABLE}"
 
 

@@ -1,17 +1,15 @@
 """What `run` and the search of its settings measure of one model, each measurement kept in a file of its own.
 
 A plan is a uniform format (`INT3`) or an allocation (`lower_alpha@3.125`: that sensitivity, that many bits a weight).
-A measurement that the folder already holds is not made again.
+A measurement that the folder of the run already holds is not made again.
 """
 
 import copy
-import json
 import logging
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +19,7 @@ from transformers import PreTrainedModel
 
 from moe_common.models.base_model import default_device
 from moe_common.runs.options import check_at_least
-from moe_common.runs.whole_files import write_json
+from moe_common.runs.run_folder import Measured, RunFolder
 from moe_common.text.documents import Part
 from moe_common.text.reading import read_blocks
 from moe_ext.moe_models import MODEL_HELP, SMALL_MOE, context_of, load_moe
@@ -38,7 +36,6 @@ from moe_ext.router_ft.recovery import measure_recovery
 
 logger = logging.getLogger(__name__)
 
-RESULTS = "results"
 ALLOCATED_FORMATS = ("MXFP8", "MXFP4", "INT4", "INT3", "INT2")
 
 
@@ -75,8 +72,8 @@ def parse_plan(spec: str) -> tuple[str, float | None, int]:
         ) from wrong
 
 
-def prepare(options: StudyOptions) -> "Study":
-    """Read the model and the text of a study."""
+def prepare(options: StudyOptions, folder: RunFolder) -> "Study":
+    """Read the model and the text of a study, whose measurements its folder keeps."""
     model, tokenizer = load_moe(options.model)
     length = block_length(options, context_of(model))
     blocks_NL = text_blocks(
@@ -86,32 +83,37 @@ def prepare(options: StudyOptions) -> "Study":
         source: read_blocks(source, options.split, tokenizer, block_size=length, max_blocks=options.max_blocks)
         for source in options.sources
     }
-    return Study(options, model.to(options.device), blocks_NL, held_out)
+    folder.know(weights=zlib.crc32(next(iter(model.parameters())).detach().float().numpy().tobytes()))
+    return Study(options, model.to(options.device), blocks_NL, held_out, folder.measured)
 
 
 class Study:
-    """The measurements, each kept in a file of its own.
+    """The measurements, each made once.
 
     Args:
         options: of the run.
         model: in full precision; it is copied for every change.
         blocks_NL: calibration text.
         held_out: blocks by source that the table is measured on.
+        measured: keeps what is found under a name.
     """
 
-    def __init__(self, options: StudyOptions, model: PreTrainedModel, blocks_NL: Tensor, held_out: dict[str, Dataset]):
+    def __init__(
+        self,
+        options: StudyOptions,
+        model: PreTrainedModel,
+        blocks_NL: Tensor,
+        held_out: dict[str, Dataset],
+        measured: Measured,
+    ):
         self.options, self.model, self.blocks_NL, self.held_out = options, model, blocks_NL, held_out
-        self.folder = Path(options.output) / RESULTS
+        self.measured = measured
         self.matrices: list[Matrix] = find_matrices(model)
         self._last: tuple[Plan, PreTrainedModel] | None = None
 
     @cached_property
     def alphas(self) -> dict[str, float]:
         return {row.layer_name: row.alpha_hill for row in alpha_table(self.model, self.matrices)}
-
-    def with_options(self, options: StudyOptions) -> "Study":
-        """The same model and text with another finetuning, another folder, or both."""
-        return Study(options, self.model, self.blocks_NL, self.held_out)
 
     @property
     def full(self) -> dict[str, np.ndarray]:
@@ -147,32 +149,24 @@ class Study:
             self._last = plan, self.quantized(plan, "gptq")
         return self._last[1]
 
-    def finetuned(self, model: PreTrainedModel, *, objective: str | None = None) -> PreTrainedModel:
-        """A copy of a model, with finetuned routers."""
+    def finetuned(self, model: PreTrainedModel, **changed: Any) -> PreTrainedModel:
+        """A copy of a model with finetuned routers, by the options but for those that are changed."""
         model = copy.deepcopy(model)
         config = FinetuneConfig(
-            **{name: getattr(self.options, name) for name in FinetuneConfig.__dataclass_fields__}
-            | ({"objective": objective} if objective else {})
+            **{name: getattr(self.options, name) for name in FinetuneConfig.__dataclass_fields__} | changed
         )
         report = finetune_routers(model, self.blocks_NL, config, teacher=self.model, seed=self.options.seed)
         logger.info("%s on text not trained on: %.5f -> %.5f", config.objective, report.loss_before, report.loss_after)
         return model
 
     def measure(self, name: str, make: Callable[[], PreTrainedModel]) -> dict[str, np.ndarray]:
-        """The losses of a model by source, from its file or from the model itself."""
-        file = self.folder / f"{name.replace('@', '_at_').replace('#', '_seed_')}.json"
-        fingerprint = self._fingerprint()
-        if file.is_file():
-            kept = json.loads(file.read_text(encoding="utf-8"))
-            if kept["run"] != fingerprint:
-                raise ValueError(
-                    f"{file} is of a run with other options or another model. Name another folder, or remove it."
-                )
-            return {source: np.asarray(values) for source, values in kept["losses"].items()}
-        logger.info("measuring %s", name)
-        losses = losses_by_source(make(), self.held_out)
-        write_json(file, {"run": fingerprint, "losses": {source: list(values) for source, values in losses.items()}})
-        return losses
+        """The losses of a model by source, as they were kept or from the model itself."""
+
+        def found() -> dict[str, list[float]]:
+            logger.info("measuring %s", name)
+            return {source: list(values) for source, values in losses_by_source(make(), self.held_out).items()}
+
+        return {source: np.asarray(values) for source, values in self.measured(name, found).items()}
 
     def row(self, spec: str) -> dict[str, Any]:
         """One line of the table."""
@@ -195,9 +189,3 @@ class Study:
         plan = self.plan(spec)
         losses = self.measure(f"{spec}.gptq", lambda: self.by_gptq(plan))
         return {"plan": spec, "bits": plan.bits_per_weight, "gptq": mean_loss(losses)}
-
-    def _fingerprint(self) -> dict[str, Any]:
-        names = [name for name in StudyOptions.__dataclass_fields__ if name not in ("output", "device")]
-        ours = {name: getattr(self.options, name) for name in names}
-        weights = zlib.crc32(next(iter(self.model.parameters())).detach().cpu().float().numpy().tobytes())
-        return {**ours, "weights": weights}

@@ -14,6 +14,7 @@ from tiny_models import committed_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moe_common.models.base_model import COMMITTED_FOLDER
+from moe_common.runs.checkpoints import load_state
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train_base.py"
 TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -40,7 +41,7 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(train_base, "SHAPE", TINY)
 
     def make(name, **options):
-        output = tmp_path / name / "model"
+        output = tmp_path / f"{name}-model"
         if not output.exists():
             output.mkdir(parents=True)
             for file in TOKENIZER_FILES:
@@ -65,19 +66,20 @@ def test_a_run_writes_a_bf16_model_and_a_report(small):
     assert [path for path in Path(config.output).parent.iterdir() if path.name.startswith(".")] == []
 
 
-def test_a_run_that_is_broken_off_and_continued_ends_like_one_in_one_piece(small, monkeypatch):
-    whole, parts = small("whole"), small("parts")
+@pytest.mark.parametrize("last", [1, 2, 3])  # 3: in the decay of the rate
+def test_a_run_that_is_interrupted_and_continued_ends_like_one_in_one_piece(small, monkeypatch, last):
+    whole, parts = small("whole", decay_fraction=0.5), small("parts", decay_fraction=0.5)
     train_base.train(whole)
     one_step = train_base.one_step
 
-    def stop_after_two(*arguments):
-        if arguments[-1]["step"] == 1:
+    def stop_behind_last(*arguments):
+        if arguments[-1]["step"] == last - 1:
             signal.raise_signal(signal.SIGTERM)
         return one_step(*arguments)
 
     with monkeypatch.context() as broken:
-        broken.setattr(train_base, "one_step", stop_after_two)
-        assert train_base.train(parts) == {"steps": 2, "finished": False}
+        broken.setattr(train_base, "one_step", stop_behind_last)
+        assert train_base.train(parts) == {"steps": last, "finished": False}
     assert not (Path(parts.output) / "model.safetensors").exists()
     train_base.train(parts)
     expected, found = (AutoModelForCausalLM.from_pretrained(c.output).state_dict() for c in (whole, parts))
@@ -104,13 +106,13 @@ def test_the_model_that_is_built_has_the_committed_shape():
 def test_training_lowers_the_loss(small, optimizer):
     config = small(f"run_{optimizer}", steps=20, optimizer=optimizer)
     train_base.train(config)
-    state = torch.load(Path(config.run_folder) / train_base.CHECKPOINT, weights_only=True)["state"]
+    state = load_state(Path(config.run_folder))["state"]
     assert state["losses"][-1] < state["losses"][0] - 0.5
 
 
 def test_the_rate_warms_up_stays_and_falls_to_zero():
     config = train_base.BaseTrainingConfig(run_folder="x", steps=100, warmup_steps=10, decay_fraction=0.2)
-    rates = [train_base.rate_factor(step, config, resumed_at=0) for step in range(100)]
+    rates = [train_base.rate_factor(step, config, first_of_decay=80) for step in range(100)]
     assert rates[:10] == pytest.approx([n / 10 for n in range(1, 11)])
     assert rates[10:80] == [1.0] * 70
     assert rates[80:] == pytest.approx([n / 20 for n in range(20, 0, -1)])
@@ -118,7 +120,7 @@ def test_the_rate_warms_up_stays_and_falls_to_zero():
 
 def test_a_shorter_run_decays_from_where_it_is_continued():
     config = train_base.BaseTrainingConfig(run_folder="x", steps=60, warmup_steps=10, decay_fraction=0.5)
-    rates = [train_base.rate_factor(step, config, resumed_at=50) for step in range(50, 60)]
+    rates = [train_base.rate_factor(step, config, first_of_decay=50) for step in range(50, 60)]
     assert rates == pytest.approx([n / 10 for n in range(10, 0, -1)])
 
 

@@ -50,7 +50,7 @@ def small(script, monkeypatch, tmp_path):
     def make(name, **options):
         sizes = {"block_size": 16, "blocks_per_step": 4, "blocks_at_once": 2, "warmup_steps": 2, "log_every": 1}
         return script.SmallMoeTrainingConfig(
-            run_folder=str(tmp_path / name), output=str(tmp_path / name / "model"), **{**sizes, "steps": 4, **options}
+            run_folder=str(tmp_path / name), output=str(tmp_path / f"{name}-model"), **{**sizes, "steps": 4, **options}
         )
 
     return make

@@ -1,10 +1,11 @@
 """`run`: sets of experts from one model, routers for each set and a table; what is there is not made again."""
 
 import logging
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from moe_common.runs.options import split_names
+from moe_common.runs.run_folder import RunFolder
 from moe_common.runs.whole_files import write_text
 from moe_ext.moqe.experts.quantize import quantize
 from moe_ext.moqe.experts.schemes import is_scheme
@@ -15,6 +16,7 @@ from moe_ext.moqe.training.train import CACHE, train
 logger = logging.getLogger(__name__)
 
 TABLE = "table.md"
+FREE_OPTIONS = ("output", "cache_dir", "cache_gb", "save_steps", "logging_steps")
 
 
 def run(options: RunOptions) -> str:
@@ -23,7 +25,12 @@ def run(options: RunOptions) -> str:
     Raises:
         ValueError, FileNotFoundError: as the single steps.
     """
-    folder = Path(options.output)
+    run_folder = RunFolder(options.output, "moqe run", asdict(options), free=FREE_OPTIONS, option="--output")
+    with run_folder:
+        return _run_sets(options, run_folder.folder)
+
+
+def _run_sets(options: RunOptions, folder: Path) -> str:
     tables = []
     for number, schemes in enumerate(options.sets, start=1):
         own = folder / f"set-{number}"

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_common.models.base_model import FOUR_BIT_BLOCK, load_base_model, resolve_model_name
+from moe_common.runs.run_folder import RunFolder
 from moe_common.runs.whole_files import whole_folder
 from moe_common.text.documents import load_documents
 from moe_common.text.packing import pack_documents
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 def quantize(options: QuantizeOptions) -> list[Path]:
-    """Make the experts that are not there yet; each appears whole.
+    """Make the experts that are not there yet; each appears whole. All in a folder are of one model and one rounding.
 
     Returns:
         Their folders and files, in the order of the schemes.
@@ -38,12 +39,13 @@ def quantize(options: QuantizeOptions) -> list[Path]:
     resolve_model_name(options.model)
     texts = {source: load_documents(source, "train")["text"] for scheme in schemes for source in scheme.sources}
     places = [Path(options.output) / scheme.file_name for scheme in schemes]
-    for scheme, place in zip(schemes, places, strict=True):
-        if place.exists():
-            logger.info("%s is there already", place)
-            continue
-        _make(scheme, place, options, texts)
-        logger.info("%s is written", place)
+    with RunFolder(options.output, "moqe quantize", asdict(options), free=("output", "schemes"), option="--output"):
+        for scheme, place in zip(schemes, places, strict=True):
+            if place.exists():
+                logger.info("%s is there already", place)
+                continue
+            _make(scheme, place, options, texts)
+            logger.info("%s is written", place)
     return places
 
 

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
-from moe_common.runs.whole_files import write_json, write_text
+from moe_common.runs.checkpoints import weights_of
+from moe_common.runs.run_folder import RunFolder
+from moe_common.runs.whole_files import check_free, check_writable, write_text
 from moe_ext.moqe.experts.expert import Expert, load_expert
 from moe_ext.moqe.mixture.model import MoQEModel
 from moe_ext.moqe.mixture.storage import CONFIG, check_experts
@@ -37,8 +39,30 @@ def evaluate(options: EvalOptions) -> str:
 
     Raises:
         ValueError, FileNotFoundError: mixtures, experts or text that cannot work; nothing is written then.
+        FileExistsError: the output is there, and not of this evaluation.
     """
     folders = [_mixture_folder(path) for path in options.checkpoint_path]
+    if options.output is None:
+        return _measure(folders, options)[0]
+    table_file = Path(options.output)
+    settings = {**asdict(options), "weights": [weights_of(folder) for folder in folders]}
+    place = table_file.with_suffix(".json")
+    run = RunFolder.beside(place, "moqe --eval", settings, free=("output",), option="--output")
+    if run.is_done and table_file.exists():
+        logger.info(run.done)
+        return table_file.read_text(encoding="utf-8")
+    check_writable(table_file)
+    if not run.is_begun:
+        check_free(table_file)
+    with run:
+        table, figures = _measure(folders, options)
+        write_text(table_file, table)
+        run.write_result(figures)
+    return table
+
+
+def _measure(folders: list[Path], options: EvalOptions) -> tuple[str, dict[str, Any]]:
+    """The table, and the same for programs."""
     paths = [check_experts(folder, options.expert_paths) for folder in folders]
     for folder in folders[1:]:
         check_experts(folder, paths[0])
@@ -53,10 +77,7 @@ def evaluate(options: EvalOptions) -> str:
     measured = measure(first.expert_set, mixtures, rows, batch_size=options.batch_size, reference=reference)
     costs = costs_of(mixtures, rows, reference, options)
     table = as_table(measured, mixtures, costs, options, unreadable=documents.unreadable)
-    if options.output:
-        write_text(options.output, table)
-        write_json(Path(options.output).with_suffix(".json"), as_json(measured, costs, options))
-    return table
+    return table, as_json(measured, costs)
 
 
 def costs_of(
@@ -90,8 +111,8 @@ def costs_of(
 
 
 @torch.no_grad()
-def tokens_per_second(runs: dict[str, Callable[[], Any]], num_tokens: int, *, rounds: int) -> dict[str, float]:
-    """The median over rounds in which all ways take turns; the first round only warms up."""
+def tokens_per_second(runs: dict[str, Callable[[], Any]], num_tokens: int, *, rounds: int) -> dict[str, float | None]:
+    """The median over rounds in which all ways take turns; the first round only warms up. None without rounds."""
     times: dict[str, list[float]] = {way: [] for way in runs}
     for turn in range(rounds + 1 if rounds else 0):
         for way, run in runs.items():
@@ -101,7 +122,7 @@ def tokens_per_second(runs: dict[str, Callable[[], Any]], num_tokens: int, *, ro
             _wait()
             if turn:
                 times[way].append(time.perf_counter() - started)
-    return {way: num_tokens / statistics.median(taken) if taken else float("nan") for way, taken in times.items()}
+    return {way: num_tokens / statistics.median(taken) if taken else None for way, taken in times.items()}
 
 
 def as_table(
@@ -123,10 +144,10 @@ def as_table(
     ways = [way for way in (REFERENCE, *singles, UNIFORM, STATIC, *mixtures) if way in measured.nats]
     for way in [*ways, ORACLE_SEQUENCE, ORACLE_TOKEN]:
         cost = costs[way]
-        speed = cost.get("tokens_per_second", float("nan"))
+        speed = cost.get("tokens_per_second")
         numbers = [f"{measured.perplexity(way, source):.3f}" for source in sources]
         numbers += [f"{measured.mean_nats(way):.4f}", f"{measured.bits_per_byte(way):.4f}"]
-        numbers += [f"{cost['forwards']:.0f}", f"{cost['mib']:.1f}", f"{speed:.0f}" if speed == speed else ""]
+        numbers += [f"{cost['forwards']:.0f}", f"{cost['mib']:.1f}", f"{speed:.0f}" if speed else ""]
         lines.append(f"| {way} | {' | '.join(numbers)} |")
     best = min(singles, key=measured.mean_nats)
     lines += [
@@ -156,10 +177,9 @@ def as_table(
     return "\n".join(lines) + "\n"
 
 
-def as_json(measured: Measured, costs: dict[str, dict[str, float]], options: EvalOptions) -> dict[str, Any]:
+def as_json(measured: Measured, costs: dict[str, dict[str, float]]) -> dict[str, Any]:
     """The same, for programs."""
     return {
-        "options": asdict(options),
         "ways": {
             way: {
                 "perplexity": {source: measured.perplexity(way, source) for source in measured.source_names},

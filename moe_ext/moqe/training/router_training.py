@@ -1,7 +1,7 @@
 """Train the router with transformers' Trainer, on the experts' cached outputs.
 
 The order of all rows of a run, curriculum first, is fixed beforehand by the seed; accumulation, the schedule in
-optimiser steps, checkpoints and resuming are the Trainer's own. A run that was broken off ends with the same numbers,
+optimiser steps, checkpoints and resuming are the Trainer's own. A run that was interrupted ends with the same numbers,
 on a CPU to the last bit, as one that was not.
 
 Shape letters: B rows, L tokens, D size of a state, E experts.
@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
-from moe_common.runs.checkpoints import MarkCompleteCheckpoints
+from moe_common.runs.run_folder import RUN
 from moe_common.runs.trainer_arguments import trainer_arguments
 from moe_common.runs.trainer_callbacks import Annealing, log_in_lines
 from moe_common.runs.whole_files import write_json
@@ -30,7 +30,7 @@ from moe_ext.moqe.training.state_cache import StateCache, collate_states
 
 logger = logging.getLogger(__name__)
 
-RUN = "run.json"
+
 OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit"}
 
 
@@ -164,7 +164,7 @@ def train_router(
         options: of the run.
         folder: for checkpoints.
         run: what each checkpoint says of the run.
-        checkpoint: to go on from.
+        checkpoint: to go on from, in place of the newest in the folder.
 
     Returns:
         The number of optimiser steps.
@@ -193,17 +193,15 @@ def train_router(
         model.router.current_temperature = first + progress * (last - first)
 
     model.router.gradient_checkpointing = options.gradient_checkpointing
-    trainer = Trainer(
+    trainer = ResumableTrainer(
         model=model,
         args=arguments,
         train_dataset=StateRows(order),
         data_collator=collate,
-        callbacks=[Annealing(anneal), DescribeCheckpoints(run), MarkCompleteCheckpoints()],
+        callbacks=[Annealing(anneal), DescribeCheckpoints(run)],
     )
     log_in_lines(trainer)
-    if checkpoint is not None:
-        logger.info("continuing from %s", checkpoint)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.train_on(checkpoint=checkpoint)
     model.router.current_temperature = router_config.temperature
     model.router.eval()
     return trainer.state.global_step

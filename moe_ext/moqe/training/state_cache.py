@@ -2,13 +2,12 @@
 
 What is kept of an expert is what its head reads, D numbers a token, and not its logits, V numbers a token: for the
 committed base a sixteenth, for a vocabulary of 50,000 a hundredth. The loss of any mixture follows from it exactly.
-A run that is broken off goes on behind the last whole batch. Rows for which the allowed space is too small are
+An interrupted run goes on behind the last whole batch. Rows for which the allowed space is too small are
 computed again each time they are read.
 
 Shape letters: L tokens of a row, D size of a state.
 """
 
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from moe_common.runs.whole_files import write_json
+from moe_common.runs.whole_files import read_json, write_json
 from moe_ext.moqe.mixture.expert_set import ExpertSet
 from moe_ext.moqe.training.rows import Row, collate_rows, fingerprint
 
@@ -85,25 +84,26 @@ class StateCache:
         expert = self.experts.experts[number]
         stem = f"{expert.identity.digest}-{str(self.dtypes[number]).removeprefix('torch.')}-{rows}"
         progress = self.folder / f"{stem}.json"
-        done = json.loads(progress.read_text())["rows"] if progress.exists() else 0
-        kept = np.memmap(
-            self.folder / f"{stem}.states",
-            dtype=_NUMPY[self.dtypes[number].itemsize],
-            mode="r+" if done else "w+",
-            shape=(self.num_tokens, expert.state_size),
-        )
-        with tqdm(total=len(self.order), initial=done, desc=f"outputs of {expert.name}", unit="row") as bar:
+        done = read_json(progress)["rows"] if progress.exists() else 0
+        place, dtype = self.folder / f"{stem}.states", _NUMPY[self.dtypes[number].itemsize]
+        row_bytes = expert.state_size * self.dtypes[number].itemsize
+        # Written as a file: where the disk is full, that is an error, and a store into mapped memory the end.
+        with (
+            place.open("r+b" if done else "wb") as kept,
+            tqdm(total=len(self.order), initial=done, desc=f"outputs of {expert.name}", unit="row") as bar,
+        ):
             while done < len(self.order):
                 some = self.order[done : done + ROWS_AT_ONCE]
                 for row, states_LD in zip(some, self._compute(some, number)[0], strict=True):
                     length = len(self.rows[row].tokens)
                     held = states_LD[:length].to("cpu", self.dtypes[number]).contiguous()
-                    kept[self.starts[row] : self.starts[row] + length] = held.view(_TORCH[held.itemsize]).numpy()
+                    kept.seek(self.starts[row] * row_bytes)
+                    kept.write(held.view(_TORCH[held.itemsize]).numpy().data)
                 kept.flush()
                 done += len(some)
                 write_json(progress, {"rows": done})
                 bar.update(len(some))
-        return kept
+        return np.memmap(place, dtype=dtype, mode="r", shape=(self.num_tokens, expert.state_size))
 
     def _compute(self, some: Sequence[int], number: int | None = None) -> list[Tensor]:
         batch = collate_rows([self.rows[row] for row in some], self.experts.tokenizer.pad_token_id)

@@ -1,8 +1,6 @@
 """`--train`: experts and text to a trained router."""
 
-import json
 import logging
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_common.runs.checkpoints import CHECKPOINT, is_complete, newest_complete, remove_incomplete
-from moe_common.runs.whole_files import write_json
+from moe_common.runs.checkpoints import CHECKPOINT, is_complete
+from moe_common.runs.run_folder import RUN, RunFolder
+from moe_common.runs.whole_files import read_json, remove
 from moe_ext.moqe.experts.expert import resolve_expert
 from moe_ext.moqe.experts.identity import ExpertIdentity, check_same_experts
 from moe_ext.moqe.mixture.expert_set import ExpertSet, load_experts
@@ -22,7 +21,7 @@ from moe_ext.moqe.mixture.router import Router
 from moe_ext.moqe.options import TrainOptions
 from moe_ext.moqe.training.documents import Documents, read_documents
 from moe_ext.moqe.training.losses import fit_static_weights, single_losses
-from moe_ext.moqe.training.router_training import RUN, RouterTraining, collator, reading_order, train_router
+from moe_ext.moqe.training.router_training import RouterTraining, collator, reading_order, train_router
 from moe_ext.moqe.training.rows import Row, fingerprint, shuffled, to_rows
 from moe_ext.moqe.training.state_cache import StateCache, batches_of_states
 
@@ -31,6 +30,7 @@ logger = logging.getLogger(__name__)
 RESULT, CHECKPOINTS, CACHE = "moqe", "checkpoints", "outputs"
 # What a run may be continued with although it differs: none of it changes a number.
 FREE_OPTIONS = (
+    "experts",  # compared by their weights, wherever they lie
     "save_dir",
     "expert_paths",
     "checkpoint_path",
@@ -43,7 +43,7 @@ FREE_OPTIONS = (
 
 
 def train(options: TrainOptions) -> Path:
-    """Train a router, or go on where the same command was broken off.
+    """Train a router, or go on where the same command was interrupted.
 
     Returns:
         The folder of the mixture.
@@ -51,9 +51,18 @@ def train(options: TrainOptions) -> Path:
     Raises:
         ValueError, FileNotFoundError: experts, text or a checkpoint that cannot work; nothing is written then.
     """
-    folder = Path(options.save_dir)
     identities = [ExpertIdentity.of(resolve_expert(path)) for path in options.expert_paths]
-    _check_folder(folder, identities, options)
+    run = RunFolder(
+        options.save_dir,
+        "moqe --train",
+        asdict(options),
+        free=FREE_OPTIONS,
+        option="--save_dir, or begin again with --from_scratch",
+        starts_again=options.from_scratch,
+    )
+    folder = run.folder
+    if run.is_begun and not options.from_scratch:
+        check_same_experts(_noted_experts(folder), identities, folder)
     checkpoint = _named_checkpoint(options, identities)
     held = {
         name: read_documents(sources, "train", text_column=options.text_column)
@@ -64,32 +73,22 @@ def train(options: TrainOptions) -> Path:
     experts = load_experts(options.expert_paths, dtype=options.dtype, gguf_backend=options.gguf_backend)
     small = training_rows(held["curriculum"], experts, options) if "curriculum" in held else []
     rows = small + training_rows(held["data"], experts, options)
-    run = {
-        "experts": [identity.to_dict() for identity in identities],
-        "options": {name: value for name, value in asdict(options).items() if name not in FREE_OPTIONS},
-        "rows": fingerprint(rows),
-        "unreadable_samples": sum(documents.unreadable for documents in held.values()),
-    }
-    _check_run(folder, run, options)
+    run.know(
+        experts=[identity.to_dict() for identity in identities],
+        unreadable_samples=sum(documents.unreadable for documents in held.values()),
+        **{"the text that data_dir names": fingerprint(rows)},
+    )
     result = folder / RESULT
-    if options.from_scratch:
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-        shutil.rmtree(result, ignore_errors=True)
-    if result.exists():
+    if result.exists() and not options.from_scratch:
         logger.info("%s is there already", result)
         return result
-    write_json(folder / RUN, run)
-    remove_incomplete(folder / CHECKPOINTS)
-    checkpoint = checkpoint or newest_complete(folder / CHECKPOINTS)
-    logger.info(
-        "%d rows, %d tokens; the experts %s",
-        len(rows),
-        sum(len(row.tokens) for row in rows),
-        "share their embedding" if experts.shares_embedding else "keep their own embeddings",
-    )
-    model = _train(experts, rows, len(small), options, folder, run, checkpoint)
-    noted = {**run, "validation": _choose_default(model, held_out, options)}
-    model.save_pretrained(result, noted)
+    with run:
+        if options.from_scratch:
+            remove(folder / CHECKPOINTS)
+            remove(result)
+        model = _train(experts, rows, len(small), options, run, checkpoint)
+        noted = {**run.settings, "validation": _choose_default(model, held_out, options)}
+        model.save_pretrained(result, noted)
     return result
 
 
@@ -125,10 +124,16 @@ def _train(
     rows: Sequence[Row],
     num_small: int,
     options: TrainOptions,
-    folder: Path,
-    run: dict[str, Any],
+    run: RunFolder,
     checkpoint: Path | None,
 ) -> MoQEModel:
+    folder = run.folder
+    logger.info(
+        "%d rows, %d tokens; the experts %s",
+        len(rows),
+        sum(len(row.tokens) for row in rows),
+        "share their embedding" if experts.shares_embedding else "keep their own embeddings",
+    )
     cache = StateCache(Path(options.cache_dir or folder / CACHE), experts, rows, max_bytes=options.cache_gb * 1e9)
     cache.fill()
     torch.manual_seed(options.seed)
@@ -149,7 +154,7 @@ def _train(
         collator(cache, expert_losses_NE),
         options,
         folder / CHECKPOINTS,
-        run=run,
+        run={"command": run.command, "settings": run.settings},
         checkpoint=checkpoint,
     )
     logger.info("%d optimiser steps of %d router weights", steps, sum(p.numel() for p in router.parameters()))
@@ -172,16 +177,6 @@ def _choose_default(model: MoQEModel, held_out: Documents, options: TrainOptions
     return losses
 
 
-def _check_folder(folder: Path, identities: list[ExpertIdentity], options: TrainOptions) -> None:
-    """Refuse a folder of something else before anything is loaded."""
-    if not folder.exists():
-        return
-    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / RUN).exists()):
-        raise ValueError(f"{folder} holds no run of this tool. Name another folder with --save_dir.")
-    if (folder / RUN).exists() and not options.from_scratch:
-        check_same_experts(_read_run(folder)["experts"], identities, folder)
-
-
 def _named_checkpoint(options: TrainOptions, identities: list[ExpertIdentity]) -> Path | None:
     if options.checkpoint_path is None:
         return None
@@ -192,31 +187,13 @@ def _named_checkpoint(options: TrainOptions, identities: list[ExpertIdentity]) -
         raise ValueError(
             f"{path} is no whole checkpoint of this tool. Give a folder SAVE_DIR/{CHECKPOINTS}/checkpoint-N."
         )
-    check_same_experts(_read_run(path)["experts"], identities, path)
+    check_same_experts(_noted_experts(path), identities, path)
     return path
 
 
-def _check_run(folder: Path, run: dict[str, Any], options: TrainOptions) -> None:
-    """Refuse to go on with a run that was begun with other options or other text."""
-    if options.from_scratch or not (folder / RUN).exists():
-        return
-    there = _read_run(folder)
-    differs = [
-        f"{name} {there['options'].get(name)} there and {value} here"
-        for name, value in run["options"].items()
-        if there["options"].get(name) != value
-    ]
-    if not differs and there["rows"] != run["rows"]:
-        differs = ["the text that data_dir names"]
-    if differs:
-        raise ValueError(
-            f"{folder} holds a run that was begun with other options: {'; '.join(differs)}. Name another folder with "
-            "--save_dir, give the same options to go on, or begin anew with --from_scratch."
-        )
-
-
-def _read_run(folder: Path) -> dict[str, Any]:
+def _noted_experts(folder: Path) -> list[dict[str, Any]]:
+    noted = read_json(folder / RUN)
     try:
-        return json.loads((folder / RUN).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as wrong:
-        raise ValueError(f"{folder / RUN} cannot be read: {wrong}. Name another --save_dir, or delete it.") from wrong
+        return noted["settings"]["experts"]
+    except (KeyError, TypeError) as edited:
+        raise ValueError(f"{folder / RUN} does not say which experts the router is for. Remove {folder}.") from edited

@@ -25,8 +25,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from moe_common.runs.checkpoints import weights_of
 from moe_common.runs.options import split_names
-from moe_common.runs.whole_files import write_json
+from moe_common.runs.run_folder import RunFolder
+from moe_common.runs.whole_files import read_json
 from moe_ext.multi_token.decoding.bench_report import table
 from moe_ext.multi_token.decoding.generation import Record, Report, costs_of, generate
 from moe_ext.multi_token.decoding.planning import OpenGates, Planner, wait_for
@@ -99,6 +101,11 @@ def bench(options: BenchOptions) -> str:
         FileNotFoundError: a folder that is not there.
     """
     folder = Path(options.ckpt)
+    destination = Path(options.out) if options.out else folder.parent / f"bench_{folder.name}.json"
+    settings = {**asdict(options), "weights": weights_of(folder)}
+    run = RunFolder.beside(destination, "multi_token bench", settings, free=("out",), option="--out")
+    if run.is_done:
+        return f"{table(read_json(destination))}\n\n{run.done}"
     model, tokenizer, meta = load(folder, backbone_name=options.model, quant=options.quant)
     independent = None
     if options.against is not None:
@@ -109,11 +116,10 @@ def bench(options: BenchOptions) -> str:
     if not names:
         raise ValueError(f"{folder} does not say what it was trained on. Name held-out text with --data.")
     prompts = held_out_prompts(split_names(names), tokenizer, options)
-    figures = measure(model, independent, prompts, options)
-    figures["command"] = asdict(options)
-    figures["trained"] = meta.options
-    destination = Path(options.out) if options.out else folder.parent / f"bench_{folder.name}.json"
-    write_json(destination, figures)
+    with run:
+        figures = measure(model, independent, prompts, options)
+        figures["trained"] = meta.options
+        run.write_result(figures)
     return f"{table(figures)}\n\nThe figures lie in {destination}"
 
 

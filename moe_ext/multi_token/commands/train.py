@@ -13,7 +13,8 @@ from pyarrow.parquet import read_table
 
 from moe_common.models.base_identity import BaseIdentity
 from moe_common.models.base_model import load_base_model, resolve_model_name
-from moe_common.runs.whole_files import whole_file, write_json
+from moe_common.runs.run_folder import RunFolder
+from moe_common.runs.whole_files import whole_file
 from moe_ext.multi_token.model.mixture import MultiTokenMoE, Stage
 from moe_ext.multi_token.model.placement import place
 from moe_ext.multi_token.model.storage import Meta, onto, read_config, read_meta, save
@@ -26,12 +27,11 @@ from moe_ext.multi_token.training.stages import StageSettings, train_stage
 
 logger = logging.getLogger(__name__)
 
-RUN = "run.json"
 CONTINUATIONS = "continuations"
 PART = 1024  # prompts that are continued, and kept, together
 COUNTED_ROWS = 500  # in which it is counted how often copies stand
-# What a run may be continued with although it differs: none of it changes a number.
-FREE_OPTIONS = ("out", "save_steps", "logging_steps")
+# What a run may be continued with although it differs: none of it changes a number; `ppo_steps` adds a stage.
+FREE_OPTIONS = ("out", "save_steps", "logging_steps", "ppo_steps")
 
 
 def train(options: TrainOptions) -> Path:
@@ -44,17 +44,30 @@ def train(options: TrainOptions) -> Path:
         ValueError: data or options that cannot work, or a folder of another run.
         FileNotFoundError: data or a model that is not there.
     """
-    out = Path(options.out)
+    run = RunFolder(options.out, "multi_token train", asdict(options), free=FREE_OPTIONS, option="--out")
     source = read_source(options.data)
     resolve_model_name(options.model)
-    _check_run(out, options, source)
+    run.know(**{"the text of data": _sha256(source)})
     torch.manual_seed(options.seed)
     backbone, tokenizer = load_base_model(options.model, quant=options.quant)
     model = place(MultiTokenMoE(backbone, options.model_config()))
     identity = BaseIdentity.of(backbone, options.model)
     # What can be refused is refused before anything is written.
     rows = None if options.self_distill else _some(to_rows(source, tokenizer, length=options.length), options)
-    write_json(out / RUN, _identity_of_run(options, source))
+    with run:
+        return _train_stages(run.folder, options, source, model, tokenizer, identity, rows)
+
+
+def _train_stages(
+    out: Path,
+    options: TrainOptions,
+    source: Source,
+    model: MultiTokenMoE,
+    tokenizer,
+    identity: BaseIdentity,
+    rows: Dataset | None,
+) -> Path:
+    """Train the stages that are not there yet; gives the folder of the last."""
     if rows is None:
         rows = _continuations(options, source, model, tokenizer, out / CONTINUATIONS)
     logger.info("%d rows, %d tokens", len(rows), sum(map(len, rows["input_ids"])))
@@ -68,7 +81,7 @@ def train(options: TrainOptions) -> Path:
         folder = out / name
         if folder.exists():
             logger.info("%s is there already", folder)
-            done = onto(backbone, folder, config=read_config(folder), meta=read_meta(folder), name=options.model)
+            done = onto(model.backbone, folder, config=read_config(folder), meta=read_meta(folder), name=options.model)
             model.load_state_dict(done.state_dict())
             continue
         settings = StageSettings(
@@ -116,7 +129,7 @@ def _keep(
 
 
 def _continuations(options: TrainOptions, source: Source, model: MultiTokenMoE, tokenizer, folder: Path) -> Dataset:
-    """The backbone's own text; each part is written once and kept, so that a broken run goes on behind it."""
+    """The backbone's own text; each part is written once and kept, so that an interrupted run goes on behind it."""
     prompts = to_prompts(source, tokenizer, length=options.prompt_length, whole_texts=False)
     chosen = list(_some(Dataset.from_dict({"tokens": prompts}), options)["tokens"])
     parts = {folder / f"{start:07d}.parquet": chosen[start : start + PART] for start in range(0, len(chosen), PART)}
@@ -141,31 +154,6 @@ def _some(rows: Dataset, options: TrainOptions) -> Dataset:
     return rows.select(sorted(Random(options.seed).sample(range(len(rows)), options.max_rows)))
 
 
-def _identity_of_run(options: TrainOptions, source: Source) -> dict:
-    """What makes a run this run: its options, and the text itself."""
+def _sha256(source: Source) -> str:
     text = json.dumps([[asdict(pair) for pair in source.pairs], source.texts]).encode()
-    return {
-        "options": {name: value for name, value in asdict(options).items() if name not in FREE_OPTIONS},
-        "text_sha256": hashlib.sha256(text).hexdigest(),
-    }
-
-
-def _check_run(out: Path, options: TrainOptions, source: Source) -> None:
-    """Refuse to go on with a run that was begun otherwise."""
-    if not (out / RUN).exists():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ValueError(f"{out} holds something else than a run of this tool. Name another folder with --out.")
-        return
-    there, here = json.loads((out / RUN).read_text(encoding="utf-8")), _identity_of_run(options, source)
-    differs = [
-        f"{name} {there['options'].get(name)} there and {value} here"
-        for name, value in here["options"].items()
-        if there["options"].get(name) != value and name != "ppo_steps"
-    ]
-    if there["text_sha256"] != here["text_sha256"] and not differs:
-        differs = ["the text that data names"]
-    if differs:
-        raise ValueError(
-            f"{out} holds a run that was begun with other options: {'; '.join(differs)}. Name another folder with "
-            "--out, or give the same options to go on."
-        )
+    return hashlib.sha256(text).hexdigest()

@@ -18,6 +18,7 @@ Shape letters: N windows, D hidden size, Q tokens of a pass, T = Q + 1.
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from random import Random
 
@@ -26,8 +27,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import DynamicCache
 
-from moe_common.runs.checkpoints import mark_complete, newest_complete, remove_incomplete
-from moe_common.runs.whole_files import whole_file
+from moe_common.runs.checkpoints import load_state, save_state
+from moe_common.runs.finite import check_weights
 from moe_ext.multi_token.model.mixture import MultiTokenMoE
 from moe_ext.multi_token.model.passes import backbone_passes
 from moe_ext.multi_token.training.data import Task
@@ -35,8 +36,6 @@ from moe_ext.multi_token.training.policy import Decisions, Windows, act, diverge
 from moe_ext.multi_token.training.rewards import RewardWeights, reward_parts
 
 logger = logging.getLogger(__name__)
-
-STATE = "state.pt"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +94,7 @@ class Round:
 
 
 def train_ppo(model: MultiTokenMoE, tasks: Sequence[Task], settings: PPOSettings, folder: Path) -> dict[str, float]:
-    """Train router and heads, in place; called again with the same arguments it goes on where it was broken off.
+    """Train router and heads, in place; called again with the same arguments it goes on where it was interrupted.
 
     Args:
         model: as stage 2 left it.
@@ -123,12 +122,14 @@ def train_ppo(model: MultiTokenMoE, tasks: Sequence[Task], settings: PPOSettings
         episodes = [play(model, task, settings) for task in chosen]
         means = _means(episodes, settings.rewards)
         losses = update(model, value, optimizer, _round(model, reference, value, episodes, settings), settings)
+        check_weights(chain(model.named_parameters(), value.named_parameters("value")), step + 1)
         progress.set_postfix({"reward": f"{means['reward']:.3f}"})
         if (step + 1) % settings.logging_steps == 0 or step + 1 == settings.steps:
             shown = {**means, **losses}
             logger.info("step %d %s", step + 1, " ".join(f"{name} {number:.4f}" for name, number in shown.items()))
         if (step + 1) % settings.save_steps == 0:
-            _keep(held, folder, step + 1)
+            state = {name: part.state_dict() for name, part in held.items()}
+            save_state(folder, step + 1, {**state, "rng": torch.get_rng_state(), "step": step + 1})
     return means
 
 
@@ -256,23 +257,12 @@ def _means(episodes: list[Episode], weights: RewardWeights) -> dict[str, float]:
     return {"reward": weights.total(means), **means}
 
 
-def _keep(held: dict, folder: Path, step: int) -> None:
-    checkpoint = folder / f"checkpoint-{step}"
-    state = {name: part.state_dict() for name, part in held.items()}
-    with whole_file(checkpoint / STATE) as partial:
-        torch.save({**state, "rng": torch.get_rng_state()}, partial)
-    mark_complete(checkpoint)
-
-
 def _resume(held: dict, folder: Path) -> int:
     """Load the newest whole checkpoint; gives the steps that were done by then."""
-    checkpoint = newest_complete(folder)
-    remove_incomplete(folder)
-    if checkpoint is None:
+    state = load_state(folder)
+    if state is None:
         return 0
-    logger.info("continuing from %s", checkpoint)
-    state = torch.load(checkpoint / STATE, weights_only=True)
     for name, part in held.items():
         part.load_state_dict(state[name])
     torch.set_rng_state(state["rng"])
-    return int(checkpoint.name.rpartition("-")[2])
+    return state["step"]

@@ -4,24 +4,20 @@ Stage 1 trains the heads on the text, all of them on. Stage 2 trains heads and r
 heads go from reading the text to reading their own drafts (annealed teacher forcing: scheduled sampling, Bengio et al.
 2015, arXiv:1506.03099), and the heads that are on from all of them to `k_max` a position.
 
-A run that was broken off goes on from its newest whole checkpoint, and ends with the same numbers as one that was not.
+An interrupted run goes on from its newest whole checkpoint, and ends with the same numbers as one that was not.
 """
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import Dataset
 from torch import Tensor
-from transformers import Trainer
 
-from moe_common.runs.checkpoints import MarkCompleteCheckpoints, newest_complete, remove_incomplete
+from moe_common.runs.resumable_trainer import ResumableTrainer
 from moe_common.runs.trainer_arguments import trainer_arguments
 from moe_common.runs.trainer_callbacks import Annealing
 from moe_common.text.batches import collate
 from moe_ext.multi_token.model.mixture import MultiTokenMoE, Stage, Training
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +46,7 @@ class StageSettings:
 
 
 def train_stage(model: MultiTokenMoE, rows: Dataset, settings: StageSettings, folder: Path) -> float:
-    """Train a stage; called again with the same arguments it goes on from where it was broken off.
+    """Train a stage; called again with the same arguments it goes on from where it was interrupted.
 
     Args:
         model: changed in place.
@@ -81,20 +77,14 @@ def train_stage(model: MultiTokenMoE, rows: Dataset, settings: StageSettings, fo
     def set_progress(progress: float) -> None:
         model.training_state = at_progress(settings.stage, progress, model.config)
 
-    checkpoint = newest_complete(folder)
-    if arguments.should_save:
-        remove_incomplete(folder)
     trainer = StageTrainer(
         model=model,
         args=arguments,
         train_dataset=rows,
         data_collator=collate,
-        callbacks=[Annealing(set_progress), MarkCompleteCheckpoints()],
+        callbacks=[Annealing(set_progress)],
     )
-    if checkpoint is not None:
-        logger.info("continuing from %s", checkpoint)
-    outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    return outcome.training_loss
+    return trainer.train_on().training_loss
 
 
 def at_progress(stage: Stage, progress: float, config) -> Training:
@@ -114,7 +104,7 @@ def at_progress(stage: Stage, progress: float, config) -> Training:
     )
 
 
-class StageTrainer(Trainer):
+class StageTrainer(ResumableTrainer):
     """A Trainer that logs the parts of the loss beside their sum, as means since the last line of the log."""
 
     def __init__(self, *args, **kwargs):

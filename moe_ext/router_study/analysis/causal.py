@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from moe_common.models.perplexity import token_losses
+from moe_common.runs.run_folder import Measured
 from moe_ext.router_study.analysis.measure import interval
 from moe_ext.router_study.collect.data import TokenRows
 from moe_ext.router_study.collect.wrapper import MoEModelWrapper
@@ -134,8 +135,7 @@ def intervene(
     batch_size: int = 8,
     replicates: int = 1000,
     seed: int = 0,
-    kept: dict[str, Any] | None = None,
-    keep: Callable[[dict[str, Any]], None] = lambda kept: None,
+    measured: Measured = lambda _, measure: measure(),
 ) -> list[Effect]:
     """Change one expert of one gate at a time and measure the loss of every domain.
 
@@ -145,8 +145,8 @@ def intervene(
         shares: (gate, expert, domain) -> the part of the choices that the expert gets, for the control.
         to: where its tokens go: `nowhere`, `next` (the best that was not chosen), or the number of an expert.
         experts: which; None takes all.
-        kept: effects that were measured already, as `keep` was given them.
-        keep: is called after every expert with all effects so far.
+        measured: keeps what is found of each expert, so that an interrupted run goes on behind it;
+            `RunFolder.measured`.
 
     Raises:
         ValueError: there is no such expert, or no such intervention.
@@ -156,23 +156,22 @@ def intervene(
     if wrong := [expert for expert in chosen if not 0 <= expert < E]:
         raise ValueError(f"There is no expert {wrong[0]}: a gate has {E}, 0 to {E - 1}.")
     overrule_for(to, chosen[0], E)
-    kept = {} if kept is None else kept
-    if "before" not in kept:
-        kept["before"] = {
-            domain: row_losses(wrapper, held, batch_size=batch_size).tolist() for domain, held in rows.items()
-        }
-        keep(kept)
+
+    def losses_as_they_are() -> dict[str, list]:
+        return {domain: row_losses(wrapper, held, batch_size=batch_size).tolist() for domain, held in rows.items()}
+
+    before = measured("losses without intervention", losses_as_they_are)
     effects: list[Effect] = []
     places = [(place, expert) for place in range(len(wrapper.gates)) for expert in chosen]
     for place, expert in tqdm(places, desc="interventions", unit="expert"):
-        key = f"{place}/{expert}"
-        if key not in kept:
-            kept[key] = [
-                vars(_effect(wrapper, place, expert, domain, held, kept, shares, to, batch_size, replicates, seed))
+
+        def without(place: int = place, expert: int = expert) -> list[dict[str, Any]]:
+            return [
+                vars(_effect(wrapper, place, expert, domain, held, before, shares, to, batch_size, replicates, seed))
                 for domain, held in rows.items()
             ]
-            keep(kept)
-        effects += [Effect(**effect) for effect in kept[key]]
+
+        effects += [Effect(**effect) for effect in measured(f"gate {place}, expert {expert}", without)]
     return effects
 
 
@@ -182,7 +181,7 @@ def _effect(
     expert: int,
     domain: str,
     rows: TokenRows,
-    kept: dict[str, Any],
+    before: dict[str, Any],
     shares: Callable[[int, int, str], float],
     to: str,
     batch_size: int,
@@ -190,7 +189,7 @@ def _effect(
     seed: int,
 ) -> Effect:
     share, generator = shares(place, expert, domain), torch.Generator().manual_seed(seed)
-    before_R2 = torch.tensor(kept["before"][domain], dtype=torch.float64)
+    before_R2 = torch.tensor(before[domain], dtype=torch.float64)
 
     def losses(overrule: Overrule) -> Tensor:
         with wrapper.gates.overruled(place, overrule):

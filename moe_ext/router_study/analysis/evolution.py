@@ -8,23 +8,19 @@ averaged over tokens, with E(t) the experts that a token chooses after t steps a
 Shape letters: L gates, R rows, S tokens, K choices, E experts.
 """
 
-import json
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from moe_common.runs.whole_files import write_json
+from moe_common.runs.run_folder import Measured
 from moe_ext.router_study.analysis.measure import interval
 from moe_ext.router_study.collect.data import TokenRows
-from moe_ext.router_study.collect.revisions import in_order
+from moe_ext.router_study.collect.revisions import Revision, in_order
 from moe_ext.router_study.collect.wrapper import MoEModelWrapper
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -142,7 +138,7 @@ def follow(
     batch_size: int = 8,
     replicates: int = 200,
     seed: int = 0,
-    folder: str | Path | None = None,
+    measured: Measured = lambda _, measure: measure(),
 ) -> tuple[list[Saturation], list[str]]:
     """Compare revisions with the last of them, one model in memory at a time.
 
@@ -150,7 +146,8 @@ def follow(
         names: revisions in any order; they are taken by number.
         load: a revision's model.
         rows_for: the text, as tokens of the last revision's tokenizer.
-        folder: where each comparison is kept; a run that was broken off goes on from there.
+        measured: keeps each comparison by its name, so that an interrupted run goes on behind it;
+            `RunFolder.measured`.
 
     Returns:
         One comparison for each earlier revision, first to last, and the labels of the gates.
@@ -161,16 +158,11 @@ def follow(
     last_choices = choices_of(wrapper, rows, batch_size=batch_size)
     del wrapper
     found = []
-    for number, revision in enumerate(tqdm(earlier, desc="revisions", unit="revision")):
-        kept = Path(folder) / f"saturation-{number:03d}.json" if folder else None
-        if kept and kept.exists():
-            held = Saturation(**json.loads(kept.read_text(encoding="utf-8")))
-            if held.revision == revision.name and len(held.chosen) == len(labels):
-                found.append(held)
-                continue
-        choices = choices_of(load(revision.name), rows, batch_size=batch_size)
-        found.append(
-            saturation(
+    for revision in tqdm(earlier, desc="revisions", unit="revision"):
+
+        def compare(revision: Revision = revision) -> dict[str, Any]:
+            choices = choices_of(load(revision.name), rows, batch_size=batch_size)
+            one = saturation(
                 choices,
                 last_choices,
                 revision=revision.name,
@@ -179,9 +171,9 @@ def follow(
                 replicates=replicates,
                 seed=seed,
             )
-        )
-        if kept:
-            write_json(kept, asdict(found[-1]))
+            return asdict(one)
+
+        found.append(Saturation(**measured(f"saturation of {revision.name}", compare)))
     return found, labels
 
 
@@ -194,7 +186,7 @@ def saturations(
     layers: Sequence[int] | None,
     batch_size: int,
     seed: int,
-    folder: Path,
+    measured: Measured,
 ) -> tuple[list[Saturation], list[str], dict[str, int]]:
     """Follow the revisions of a model over the text of several domains.
 
@@ -203,7 +195,7 @@ def saturations(
         names: of the revisions, the last one last.
         rows_of: the text of each domain, as tokens of a model.
         device, layers: as `MoEModelWrapper.load` takes them.
-        batch_size, seed, folder: as `follow` takes them.
+        batch_size, seed, measured: as `follow` takes them.
 
     Returns:
         The comparisons, the labels of the gates, and the tokens of each domain.
@@ -220,5 +212,5 @@ def saturations(
             torch.cat([held.ids_NS for held in rows.values()]), torch.cat([held.mask_NS for held in rows.values()])
         )
 
-    found, labels = follow(names, load, joined_rows, batch_size=batch_size, seed=seed, folder=folder)
+    found, labels = follow(names, load, joined_rows, batch_size=batch_size, seed=seed, measured=measured)
     return found, labels, tokens

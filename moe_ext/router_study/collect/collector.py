@@ -7,9 +7,7 @@
 Shape letters: L gates, E experts, M = L * E, B rows of a batch, S tokens of a row.
 """
 
-import json
 import logging
-import shutil
 import time
 import zlib
 from collections.abc import Mapping
@@ -17,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from moe_common.runs.whole_files import whole_file, write_json
+from moe_common.runs.checkpoints import load_state, save_state
+from moe_common.runs.whole_files import whole_file
 from moe_ext.router_study.collect.counts import Counts
 from moe_ext.router_study.collect.data import TokenRows
 from moe_ext.router_study.collect.sample import Sample
@@ -106,12 +104,12 @@ class ActivationCollector:
         Args:
             rows: the text, by domain.
             batch_size: rows of a forward pass.
-            resume_folder: where the state is kept every minute and, between two batches, when the run is broken off;
-                where it is there already, the run that wrote it goes on.
+            resume_folder: for the checkpoints of this run and no other, written every minute and, between two batches,
+                when it is interrupted; it goes on from the newest whole one.
             save_logits: write the raw scores there too, `logits-00000.safetensors` and on, one file a batch.
 
         Raises:
-            ValueError: no text, counts that would not fit, a state of another run.
+            ValueError: no text, counts that would not fit.
         """
         run = _Run(self, rows, batch_size, Path(resume_folder) if resume_folder else None, save_logits)
         return run.to_the_end()
@@ -122,7 +120,7 @@ class ActivationCollector:
 
 
 class _Run:
-    """The batches, and what a broken run needs to go on."""
+    """The batches, and what an interrupted run needs to go on."""
 
     def __init__(
         self,
@@ -169,7 +167,7 @@ class _Run:
             )
 
     def to_the_end(self) -> Activations:
-        if self.folder and (self.folder / PROGRESS).exists():
+        if self.folder:
             self._resume()
         saved = time.monotonic()
         try:
@@ -218,65 +216,40 @@ class _Run:
         with whole_file(self.folder / f"logits-{self.done:05d}.safetensors") as partial:
             save_file(held, partial, metadata=where)
 
-    def _fingerprint(self) -> dict[str, object]:
-        text = 0
-        for domain, start, ids_BS, mask_BS in self.batches:
-            text = zlib.crc32(f"{domain}/{start}".encode(), text)
-            text = zlib.crc32(ids_BS.contiguous().numpy().tobytes(), text)
-            text = zlib.crc32(mask_BS.contiguous().numpy().tobytes(), text)
-        weights = 0
-        for parameter in self.wrapper.model.parameters():  # a part of each: enough to tell two checkpoints apart
-            few = parameter.detach().flatten()[:16].float().cpu()
-            weights = zlib.crc32(few.numpy().tobytes(), weights)
-        return {
-            "model": self.wrapper.name,
-            "weights": weights,
-            "domains": self.domains,
-            "text": text,
-            "layers": self.gates.names,
-            "groups": self.num_groups,
-            "in_rank": bool(len(self.counts.next_in_rank_ULEE)),
-            "sample": self.sample_tokens,
-            "save_logits": self.save_logits,
-        }
-
     def _save(self) -> None:
         if self.folder is None or not self.done:
             return
-        tensors = {**self.counts.tensors(), "vocabulary": self.vocabulary.table_3LVE}
-        if self.sample:
-            tensors |= {f"sample.{name}": tensor for name, tensor in Sample.joined(self.sample).tensors().items()}
-        with whole_file(self.folder / STATE) as partial:
-            save_file(
-                {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
-                partial,
-                metadata={"done": str(self.done), "sampled": ",".join(map(str, self.sampled))},
-            )
-        write_json(self.folder / PROGRESS, self._fingerprint())
+        state = {
+            "counts": {name: tensor.cpu() for name, tensor in self.counts.tensors().items()},
+            "vocabulary": self.vocabulary.table_3LVE.cpu(),
+            "sample": Sample.joined(self.sample).tensors() if self.sample else None,
+            "done": self.done,
+            "sampled": self.sampled,
+        }
+        save_state(self.folder, self.done, state)
 
     def _resume(self) -> None:
-        written, ours = json.loads((self.folder / PROGRESS).read_text(encoding="utf-8")), self._fingerprint()
-        if other := [name for name in ours if written.get(name) != ours[name]]:
-            raise ValueError(
-                f"{self.folder} holds the beginning of a run with another {other[0]}. Use the same options to go on "
-                "with it, or remove the folder to begin anew."
-            )
-        tensors = load_file(self.folder / STATE)
+        state = load_state(self.folder)
+        if state is None:
+            return
         device = str(self.wrapper.device)
-        sample = {
-            name.removeprefix("sample."): tensors.pop(name) for name in list(tensors) if name.startswith("sample.")
-        }
-        self.sample = [Sample(**sample)] if sample else []
-        self.vocabulary = VocabularyCounts(tensors.pop("vocabulary").to(device))
-        self.counts = Counts(**tensors).to(device)
-        self.done, self.sampled = _progress_of(self.folder / STATE)
+        self.sample = [Sample(**state["sample"])] if state["sample"] else []
+        self.vocabulary = VocabularyCounts(state["vocabulary"].to(device))
+        self.counts = Counts(**state["counts"]).to(device)
+        self.done, self.sampled = state["done"], state["sampled"]
         logger.info("going on with batch %d of %d", self.done + 1, len(self.batches))
 
 
-def _progress_of(state: Path) -> tuple[int, list[int]]:
-    with safe_open(state, framework="pt") as held:
-        metadata = held.metadata()
-    return int(metadata["done"]), [int(count) for count in metadata["sampled"].split(",")]
+def fingerprint(wrapper: MoEModelWrapper, rows: Mapping[str, TokenRows]) -> dict[str, int]:
+    """Checksums of the model's `weights` and of the `text`, by which a run knows itself again."""
+    text = weights = 0
+    for held in rows.values():
+        for tensor in (held.ids_NS, held.mask_NS):
+            text = zlib.crc32(tensor.contiguous().numpy().tobytes(), text)
+    for parameter in wrapper.model.parameters():  # a part of each: enough to tell two checkpoints apart
+        few = parameter.detach().flatten()[:16].float().cpu()
+        weights = zlib.crc32(few.numpy().tobytes(), weights)
+    return {"weights": weights, "text": text}
 
 
 def _kept(routing: Routing, ids_BS: Tensor, predicted_BS: Tensor, mask_BS: Tensor, part_B: Tensor) -> Sample:
@@ -291,11 +264,3 @@ def _kept(routing: Routing, ids_BS: Tensor, predicted_BS: Tensor, mask_BS: Tenso
         logits_RLSE=by_row(routing.logits_LTE),
         chosen_RLSK=by_row(routing.chosen_LTK).to(torch.int16),
     )
-
-
-def forget(folder: str | Path) -> None:
-    """Remove what a run that has ended kept to go on with; raw scores stay."""
-    for name in (STATE, PROGRESS):
-        (Path(folder) / name).unlink(missing_ok=True)
-    if Path(folder).is_dir() and not any(Path(folder).iterdir()):
-        shutil.rmtree(folder)

@@ -1,62 +1,57 @@
 """`intervene`: the loss of each domain without an expert, or with its tokens sent elsewhere."""
 
-import json
-import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from moe_common.runs.whole_files import check_free, whole_folder, write_json
+from moe_common.runs.whole_files import write_json
 from moe_ext.router_study.analysis.causal import Effect, intervene, overrule_for
-from moe_ext.router_study.collect.collector import ActivationCollector
+from moe_ext.router_study.collect.collector import ActivationCollector, fingerprint
 from moe_ext.router_study.collect.data import parse_sources
 from moe_ext.router_study.collect.totals import totals_of
 from moe_ext.router_study.collect.wrapper import MoEModelWrapper
 from moe_ext.router_study.options import InterveneOptions
 from moe_ext.router_study.report.drawings import Bars, Drawing, PerLayer, Series
 from moe_ext.router_study.report.extra import check_drawing
-from moe_ext.router_study.report.folder import PAGE, about, versions, work_folder, write_drawn
-
-KEPT = "effects.json"
+from moe_ext.router_study.report.folder import PAGE, about, begin, versions, write_drawn
 
 
 def intervene_on(options: InterveneOptions) -> str:
     """Change one expert at a time."""
-    out = Path(options.out)
-    check_free(out)
+    run = begin(options.out, "intervene", options)
+    if run.is_done:
+        return run.done
     check_drawing()
     parse_sources(options.data)
     wrapper = MoEModelWrapper.load(options.model, device=options.device, layers=options.layers)
     overrule_for(options.to, 0, wrapper.gates.num_experts)
     rows = options.rows(wrapper)
-    activations = ActivationCollector(wrapper).collect_router_activations(rows, batch_size=options.batch_size)
-    chosen_DLE = totals_of(activations.counts, len(rows)).chosen_DLE
-    share_DLE = chosen_DLE / chosen_DLE.sum(dim=-1, keepdim=True)
-    domains, folder = list(rows), work_folder(out)
-    made_of = json.loads(json.dumps(asdict(options)))
-    effects = intervene(
-        wrapper,
-        rows,
-        lambda place, expert, domain: float(share_DLE[domains.index(domain), place, expert]),
-        to=options.to,
-        experts=options.experts,
-        batch_size=options.batch_size,
-        seed=options.seed,
-        kept=_kept(folder / KEPT, made_of),
-        keep=lambda kept: write_json(folder / KEPT, {"options": made_of, "kept": kept}),
-    )
-    drawing = effects_drawing(effects, domains, options.to)
-    with whole_folder(out) as partial:
-        results = {
-            "about": about(options.model, activations.tokens_by_domain, options),
-            "sentence": drawing.sentence,
-            "effects": [asdict(effect) for effect in effects],
-        }
-        write_json(partial / "effects.json", results)
-        described = {"model": options.model, "experts' tokens go": options.to, "made with": versions()}
-        write_drawn(partial, f"What the experts of {options.model} are for", described, [drawing])
-    shutil.rmtree(folder, ignore_errors=True)
-    return f"{drawing.sentence}\nThe report lies in {out / PAGE}"
+    run.know(**fingerprint(wrapper, rows))
+    with run:
+        activations = ActivationCollector(wrapper).collect_router_activations(rows, batch_size=options.batch_size)
+        chosen_DLE = totals_of(activations.counts, len(rows)).chosen_DLE
+        share_DLE = chosen_DLE / chosen_DLE.sum(dim=-1, keepdim=True)
+        domains = list(rows)
+        effects = intervene(
+            wrapper,
+            rows,
+            lambda place, expert, domain: float(share_DLE[domains.index(domain), place, expert]),
+            to=options.to,
+            experts=options.experts,
+            batch_size=options.batch_size,
+            seed=options.seed,
+            measured=run.measured,
+        )
+        drawing = effects_drawing(effects, domains, options.to)
+        with run.whole_result() as partial:
+            results = {
+                "about": about(options.model, activations.tokens_by_domain, options),
+                "sentence": drawing.sentence,
+                "effects": [asdict(effect) for effect in effects],
+            }
+            write_json(partial / "effects.json", results)
+            described = {"model": options.model, "experts' tokens go": options.to, "made with": versions()}
+            write_drawn(partial, f"What the experts of {options.model} are for", described, [drawing])
+    return f"{drawing.sentence}\nThe report lies in {Path(options.out) / PAGE}"
 
 
 def effects_drawing(effects: list[Effect], domains: list[str], to: str) -> Drawing:
@@ -94,16 +89,3 @@ def effects_drawing(effects: list[Effect], domains: list[str], to: str) -> Drawi
         f"Over all experts the mean is {mean:.3f}, at random {control:.3f}; an expert that does nothing gives 0.",
         PerLayer([label for _, label in layers], plots),
     )
-
-
-def _kept(path: Path, made_of: dict[str, Any]) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    held = json.loads(path.read_text(encoding="utf-8"))
-    if held["options"] != made_of:
-        other = next(name for name in made_of if held["options"].get(name) != made_of[name])
-        raise ValueError(
-            f"{path.parent} holds the beginning of a run with another {other}. Use the same options to go on with it, "
-            "or remove the folder to begin anew."
-        )
-    return held["kept"]

@@ -3,12 +3,11 @@
 Muennighoff et al. 2024, "OLMoE: Open Mixture-of-Experts Language Models", arXiv:2409.02060, section 5.
 """
 
-import json
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from moe_common.runs.whole_files import check_free, whole_folder, write_json, write_text
+from moe_common.runs.run_folder import RunFolder
+from moe_common.runs.whole_files import write_json, write_text
 from moe_ext.router_study.analysis.evolution import Saturation, saturations
 from moe_ext.router_study.analysis.study import Study, run_study
 from moe_ext.router_study.collect.collector import ActivationCollector
@@ -18,7 +17,7 @@ from moe_ext.router_study.collect.wrapper import MoEModelWrapper
 from moe_ext.router_study.options import ReproduceOptions
 from moe_ext.router_study.report.extra import check_drawing
 from moe_ext.router_study.report.figures import figures_of
-from moe_ext.router_study.report.folder import PAGE, about, versions, work_folder, write_drawn
+from moe_ext.router_study.report.folder import PAGE, about, begin, versions, write_drawn
 from moe_ext.router_study.report.saturation import saturation_drawing
 from moe_ext.router_study.report.tables import as_json
 
@@ -53,14 +52,21 @@ class Check:
 
 def reproduce_olmoe(options: ReproduceOptions) -> str:
     """Measure what the paper reports, and write a table of both."""
-    out = Path(options.out)
-    check_free(out)
+    run = begin(options.out, "reproduce olmoe", options)
+    if run.is_done:
+        return run.done
     check_drawing()
     parse_sources(options.data)
     names = [revision.name for revision in in_order(options.revisions or OLMOE_REVISIONS)]
     for name in names:
         resolve_revision(options.model, name)
-    work = work_folder(out)
+    with run:
+        table = _reproduce(options, names, run)
+    return f"{table}The report lies in {Path(options.out) / PAGE}"
+
+
+def _reproduce(options: ReproduceOptions, names: list[str], run: RunFolder) -> str:
+    """Measure, write the report and give its table."""
     last = MoEModelWrapper.load(options.model, revision=names[-1], device=options.device, layers=options.layers)
     rows = options.rows(last)
     collector = ActivationCollector(last, in_rank=True)
@@ -71,7 +77,7 @@ def reproduce_olmoe(options: ReproduceOptions) -> str:
         batch_size=options.batch_size,
         seed=options.seed,
         least_seen=1,
-        resume_folder=work,
+        resume_folder=run.folder,
     )
     del last, collector
     found, labels, tokens = saturations(
@@ -82,23 +88,22 @@ def reproduce_olmoe(options: ReproduceOptions) -> str:
         layers=options.layers,
         batch_size=options.batch_size,
         seed=options.seed,
-        folder=work,
+        measured=run.measured,
     )
     checks = checks_of(study, found)
     drawings = [saturation_drawing(found, labels, names[-1]), *figures_of(study)]
-    with whole_folder(out) as partial:
+    with run.whole_result() as partial:
         results = {
             "about": about(options.model, tokens, options),
             "checks": [asdict(check) for check in checks],
             "saturation": [asdict(one) for one in found],
             **as_json(study.measured, study.weights.compared),
         }
-        write_json(partial / "reproduction.json", json.loads(json.dumps(results)))
+        write_json(partial / "reproduction.json", results)
         write_text(partial / "table.md", as_table(checks))
         described = {"model": options.model, "revisions": ", ".join(names), "made with": versions()}
         write_drawn(partial, f"{options.model} beside the OLMoE paper", described, drawings)
-    shutil.rmtree(work, ignore_errors=True)
-    return f"{as_table(checks)}The report lies in {out / PAGE}"
+    return as_table(checks)
 
 
 def checks_of(study: Study, found: list[Saturation]) -> list[Check]:

@@ -5,16 +5,17 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from moe_common.runs.whole_files import check_free, whole_folder, write_json, write_text
+from moe_common.runs.run_folder import RunFolder
+from moe_common.runs.whole_files import write_json, write_text
 from moe_ext.router_study.analysis.study import Study, run_study
-from moe_ext.router_study.collect.collector import ActivationCollector, forget
+from moe_ext.router_study.collect.collector import ActivationCollector, fingerprint
 from moe_ext.router_study.collect.data import parse_sources
 from moe_ext.router_study.collect.wrapper import MoEModelWrapper
 from moe_ext.router_study.options import RunOptions
 from moe_ext.router_study.report.drawings import Drawing
 from moe_ext.router_study.report.extra import check_drawing
 from moe_ext.router_study.report.figures import figures_of
-from moe_ext.router_study.report.folder import PAGE, about, versions, work_folder, write_drawn
+from moe_ext.router_study.report.folder import PAGE, about, begin, versions, write_drawn
 from moe_ext.router_study.report.passages import passages_of
 from moe_ext.router_study.report.tables import as_json, write_favourites, write_figures
 from moe_ext.router_study.report.track import check_installed, log_scalars, scalars_of
@@ -29,51 +30,49 @@ def run(options: RunOptions) -> str:
     check_installed(options.report_to)
     check_drawing()
     parse_sources(options.data)
-    if not options.revision:
-        return f"The report lies in {study_model(options, None, Path(options.out)) / PAGE}"
-    out, pages = Path(options.out), []
-    folders = [out / Path(revision).name for revision in options.revision]
+    out, revisions = Path(options.out), options.revision or [None]
+    folders = [out / Path(revision).name if revision else out for revision in revisions]
     for folder in folders:
-        check_free(folder)
         if folders.count(folder) > 1:
             raise ValueError(f"Two revisions would be written to {folder}. Give one of them a command of its own.")
-    for revision, folder in zip(options.revision, folders, strict=True):
-        pages.append(study_model(options, revision, folder) / PAGE)
-    return "The reports lie in " + ", ".join(map(str, pages))
+    runs = [
+        begin(folder, "run", options, revision=revision) for folder, revision in zip(folders, revisions, strict=True)
+    ]
+    for one, revision in zip(runs, revisions, strict=True):
+        if not one.is_done:
+            study_model(options, revision, one)
+    pages = ", ".join(str(folder / PAGE) for folder in folders)
+    return f"{'The report lies' if len(folders) == 1 else 'The reports lie'} in {pages}"
 
 
-def study_model(options: RunOptions, revision: str | None, out: Path) -> Path:
+def study_model(options: RunOptions, revision: str | None, run: RunFolder) -> None:
     """Study one model and write its folder."""
-    check_free(out)
     wrapper = MoEModelWrapper.load(options.model, revision=revision, device=options.device, layers=options.layers)
     rows = options.rows(wrapper)
+    run.know(**fingerprint(wrapper, rows))
     collector = ActivationCollector(
         wrapper, counts_mb=options.counts_mb, sample_mb=options.sample_mb, in_rank=options.as_in_script
     )
-    collecting = work_folder(out)
-    study = run_study(
-        wrapper,
-        rows,
-        collector=collector,
-        batch_size=options.batch_size,
-        replicates=options.replicates,
-        seed=options.seed,
-        least_seen=options.least_seen,
-        resume_folder=collecting,
-        save_logits=options.save_logits,
-    )
-    with whole_folder(out) as partial:
-        write_study(study, partial, options)
-        if options.save_logits:
-            (partial / LOGITS).mkdir()
-            for file in sorted(collecting.glob("logits-*.safetensors")):
-                shutil.copyfile(file, partial / LOGITS / file.name)
-        scalars = scalars_of(study.measured, wrapper.gates.labels)
-        log_scalars(options.report_to, scalars, name=wrapper.name, folder=partial / "tensorboard")
-    for file in collecting.glob("logits-*.safetensors"):
-        file.unlink()
-    forget(collecting)
-    return out
+    with run:
+        study = run_study(
+            wrapper,
+            rows,
+            collector=collector,
+            batch_size=options.batch_size,
+            replicates=options.replicates,
+            seed=options.seed,
+            least_seen=options.least_seen,
+            resume_folder=run.folder,
+            save_logits=options.save_logits,
+        )
+        with run.whole_result() as partial:
+            write_study(study, partial, options)
+            if options.save_logits:
+                (partial / LOGITS).mkdir()
+                for file in sorted(run.folder.glob("logits-*.safetensors")):
+                    shutil.copyfile(file, partial / LOGITS / file.name)
+            scalars = scalars_of(study.measured, wrapper.gates.labels)
+            log_scalars(options.report_to, scalars, name=wrapper.name, folder=partial / "tensorboard")
 
 
 def write_study(study: Study, folder: Path, options: RunOptions) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import transformers
 
+from moe_common.runs.run_folder import RunFolder
 from moe_ext.router_study.report.drawings import Drawing
 from moe_ext.router_study.report.page import report_page
 from moe_ext.router_study.report.pictures import write_pictures
@@ -36,6 +37,7 @@ def _threads() -> str:
     return f"{count} thread{'s' if count > 1 else ''}"
 
 
-def work_folder(out: Path) -> Path:
-    """Where a run keeps what it needs to go on."""
-    return out.with_name(f"{out.name}.collecting")
+def begin(out: str | Path, command: str, options: Any, **more: Any) -> RunFolder:
+    """The run of a command, whose report appears whole; until then what it has found lies beside it."""
+    settings = {**asdict(options), **more}
+    return RunFolder.beside(out, f"router_study {command}", settings, free=("out", "device"), option="--out")

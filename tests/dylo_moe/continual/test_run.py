@@ -13,6 +13,7 @@ from dylo_moe.continual import run as continual
 from dylo_moe.continual.run import ContinualConfig, run
 from dylo_moe.model import DyLoRA_MoE
 from moe_common.models.perplexity import HeldOutLoss
+from moe_common.runs.whole_files import read_json, write_json
 
 KINDS = {
     "rain": ["rain", "river", "hill", "water", "sea", "cloud", "wet", "stream", "flood", "grey"],
@@ -234,6 +235,9 @@ def test_each_baseline_has_the_rate_of_its_own(finished, tiny_base, visits, tmp_
     changed = {}
     for option in ("sequential_learning_rate", "joint_learning_rate"):
         shutil.copytree(output / "mixture", tmp_path / option / "mixture")
+        noted = read_json(output / "run.json")
+        noted["settings"][option] = 1e-2
+        write_json(tmp_path / option / "run.json", noted)
         changed[option] = run(config_of(tiny_base, tmp_path / option, visits, **{option: 1e-2}))["mean_nll"]
     assert changed["sequential_learning_rate"]["sequential"] != whole["mean_nll"]["sequential"]
     assert changed["sequential_learning_rate"]["joint"] == whole["mean_nll"]["joint"]

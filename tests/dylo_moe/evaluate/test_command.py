@@ -20,9 +20,9 @@ def finished(tiny_options, tmp_path_factory):
     return output
 
 
-def results_of(*argv, folder) -> dict:
-    assert evaluate.main([*map(str, argv), "--output", str(folder / "results.json")]) == 0
-    return json.loads((folder / "results.json").read_text())
+def results_of(*argv, folder, name="results.json") -> dict:
+    assert evaluate.main([*map(str, argv), "--output", str(folder / name)]) == 0
+    return json.loads((folder / name).read_text())
 
 
 def refused(argv, capsys) -> str:
@@ -35,21 +35,23 @@ def refused(argv, capsys) -> str:
 def test_a_run_is_measured_as_train_py_measured_it(finished, tmp_path, capsys):
     trained = json.loads((finished / "results.json").read_text())["perplexity"]
     for folder, name in {finished: "mixture", finished / "lora": "lora"}.items():
-        found = results_of("--checkpoint", folder, "--eval_blocks", 3, folder=tmp_path)["perplexity"]
+        argv = ["--checkpoint", folder, "--eval_blocks", 3]
+        found = results_of(*argv, folder=tmp_path, name=f"{name}.json")["perplexity"]
         assert found == {
             domain: {"base": trained["base"][domain], "checkpoint": trained[name][domain]}
             for domain in trained["base"]
         }
-    assert f"results   {tmp_path / 'results.json'}" in capsys.readouterr().out
+    assert f"results   {tmp_path / 'lora.json'}" in capsys.readouterr().out
 
 
 def test_what_is_given_wins_over_what_the_run_had(finished, tiny_sources, tmp_path):
     rain = tiny_sources.split(",")[0]
     whole = results_of("--checkpoint", finished, "--datasets", rain, folder=tmp_path)
     assert list(whole["perplexity"]) == [rain]
-    assert whole["settings"]["checkpoint"] == str(finished)
+    assert whole["run"]["settings"]["checkpoint"] == str(finished)
     for changed in (["--max_seq_length", 8], ["--eval_subset", 50], ["--separate_documents", "false"]):
-        other = results_of("--checkpoint", finished, "--datasets", rain, *changed, folder=tmp_path)
+        argv = ["--checkpoint", finished, "--datasets", rain, *changed]
+        other = results_of(*argv, folder=tmp_path, name=f"{changed[0]}.json")
         assert other["perplexity"] != whole["perplexity"], changed
 
 
@@ -148,6 +150,7 @@ def test_an_evaluation_that_is_broken_off_goes_on_with_what_it_has_not_measured_
     (tmp_path / "whole").mkdir()
     whole = results_of(*argv, folder=tmp_path / "whole")
     samples = (tmp_path / "samples.jsonl").read_text()
+    (tmp_path / "samples.jsonl").unlink()
 
     complete, measured, completed = humaneval._complete, [], []
     measure = evaluate.measure_blocks
@@ -170,8 +173,25 @@ def test_an_evaluation_that_is_broken_off_goes_on_with_what_it_has_not_measured_
     assert not (tmp_path / "results.json.unfinished").exists()
 
 
-def test_what_was_kept_of_another_evaluation_is_not_taken_up(finished, tmp_path):
-    expected = results_of("--checkpoint", finished, "--eval_blocks", 1, folder=tmp_path)["perplexity"]
-    kept = {"about": {"settings": {}}, "found": {f"perplexity of {name}": {} for name in expected}}
-    (tmp_path / "results.json.unfinished").write_text(json.dumps(kept))
-    assert results_of("--checkpoint", finished, "--eval_blocks", 1, folder=tmp_path)["perplexity"] == expected
+def test_results_of_another_evaluation_are_never_overwritten(finished, tmp_path, capsys):
+    argv = ["--checkpoint", finished, "--eval_blocks", 1]
+    found = results_of(*argv, folder=tmp_path)
+    assert results_of(*argv, folder=tmp_path) == found  # read, not measured
+    results = (tmp_path / "results.json").read_bytes()
+    with pytest.raises(SystemExit) as stopped:
+        results_of("--checkpoint", finished, "--eval_blocks", 2, folder=tmp_path)
+    assert stopped.value.code == 2
+    assert "eval_blocks (1 there, 2 asked for)" in capsys.readouterr().err
+    assert (tmp_path / "results.json").read_bytes() == results
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_an_output_over_the_checkpoint_is_refused_before_anything_is_measured(finished, name, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_checkpoint", lambda *args: pytest.fail("loaded"))
+    place = finished / "mixture" / name
+    held = place.read_bytes()
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main(["--checkpoint", str(finished), "--output", str(place)])
+    assert stopped.value.code == 2
+    assert f"{place} is there already" in capsys.readouterr().err
+    assert place.read_bytes() == held

@@ -136,7 +136,7 @@ def test_an_output_folder_that_is_a_file_is_refused(tiny_options, tmp_path, caps
     with pytest.raises(SystemExit) as stopped:
         train.main(tiny_options(tmp_path / "notes"))
     assert stopped.value.code == 2
-    assert "notes, which is a file. Name a folder with --output_dir" in capsys.readouterr().err
+    assert "notes is a file, but must be a folder. Name a folder with --output_dir" in capsys.readouterr().err
 
 
 def test_each_kind_of_row_is_measured_and_continued_as_it_was_trained(

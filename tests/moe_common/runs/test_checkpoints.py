@@ -13,7 +13,6 @@ from moe_common.runs.checkpoints import (
     is_complete,
     mark_complete,
     newest_complete,
-    remove_incomplete,
     save_base_identity,
 )
 
@@ -35,6 +34,11 @@ def damage_truncate(folder):
     os.truncate(folder / "weights.bin", 7)
 
 
+def damage_zero_the_tail(folder):
+    size = (folder / "weights.bin").stat().st_size
+    (folder / "weights.bin").write_bytes(b"w" * (size - 8) + bytes(8))
+
+
 def damage_lose_a_file(folder):
     (folder / "rank" / "state.json").unlink()
 
@@ -48,11 +52,12 @@ def damage_half_a_list(folder):
 
 
 def damage_list_never_renamed(folder):
-    os.rename(folder / COMPLETE, folder / (COMPLETE + ".partial"))
+    os.rename(folder / COMPLETE, folder / (f"{COMPLETE}.123.partial"))
 
 
 DAMAGES = [
     damage_truncate,
+    damage_zero_the_tail,
     damage_lose_a_file,
     damage_no_list,
     damage_half_a_list,
@@ -70,12 +75,12 @@ def test_one_that_was_cut_off_is_passed_over_and_named(run, damage, caplog):
     damage(run / "checkpoint-100")
     assert not is_complete(run / "checkpoint-100")
     assert newest_complete(run) == run / "checkpoint-90"
-    assert "checkpoint-100 was cut off" in caplog.text
+    assert "checkpoint-100 is damaged or was cut off" in caplog.text
 
 
 def test_what_was_cut_off_is_removed_and_nothing_else(run):
     damage_truncate(run / "checkpoint-90")
-    remove_incomplete(run)
+    assert newest_complete(run, removes_others=True) == run / "checkpoint-100"
     assert sorted(folder.name for folder in run.iterdir()) == ["checkpoint-100", "checkpoint-50", "checkpoint-99-old"]
 
 

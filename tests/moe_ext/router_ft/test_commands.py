@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,6 +70,41 @@ def test_the_steps_lead_from_a_model_to_finetuned_routers(say, planned, tiny_sou
     assert perplexities[0] != perplexities[1]
 
 
+def test_steps_that_are_done_say_so_and_where_and_other_options_are_refused(say, planned, tiny_sources):
+    steps = {
+        "allocate": {"alpha_csv": "alpha.csv", "budget_bits": 4.2, "output": "plan.json"},
+        "quantize": {"config": "plan.json", "save": "out", "method": "round"},
+        "finetune": {"checkpoint": "out", "save": "out2"},
+        "evaluate": {"checkpoint": "out2", "dataset": tiny_sources, "seqlen": 16, "output": "found.json"},
+    }
+    for step, options in steps.items():
+        assert say(step, **options)[0] == 0
+    held = {path: path.read_bytes() for path in planned.rglob("*") if path.is_file()}
+    for step, options in steps.items():
+        code, told, _ = say(step, **options)
+        assert code == 0
+        assert f"{options.get('save', options.get('output'))} is there already" in told
+        other = {"seqlen": 8} if step == "evaluate" else {"seed": 7}
+        code, _, error = say(step, **{**options, **other})
+        assert code == 2
+        assert f"{[*other][0]} (" in error
+    assert {path: path.read_bytes() for path in planned.rglob("*") if path.is_file()} == held
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_an_output_over_the_model_is_refused_and_the_model_kept(say, tiny_folder, tiny_sources, name):
+    place = Path(tiny_folder) / name
+    held = place.read_bytes()
+    for step, options in {
+        "alpha": {"output": place},
+        "allocate": {"alpha_csv": place, "output": place, "budget_bits": 4},
+        "evaluate": {"checkpoint": tiny_folder, "dataset": tiny_sources, "output": place},
+    }.items():
+        code, _, error = say(step, **options)
+        assert (code, place.read_bytes()) == (2, held)
+        assert str(place) in error
+
+
 def test_a_checkpoint_is_exported_and_refused_a_second_time(say, planned):
     assert say("quantize", config="plan.json", save="out", method="round")[0] == 0
     assert say("export", checkpoint="out", save="out.pt", format="pt")[0] == 0
@@ -105,10 +141,18 @@ def test_the_plan_says_what_it_costs_and_how_it_was_made(say, planned):
         ("alpha", {"estimate": "best"}, "invalid choice: 'best'"),
         ("allocate", {"alpha_csv": "alpha.csv"}, "either budget_bits or mxfp4_ratio"),
         ("allocate", {"alpha_csv": "alpha.csv", "mxfp4_ratio": 2}, "mxfp4_ratio is 2.0"),
-        ("allocate", {"alpha_csv": "none.csv", "budget_bits": 4}, "There is no alpha table none.csv"),
-        ("allocate", {"alpha_csv": "short.csv", "budget_bits": 4}, "has no row for"),
-        ("allocate", {"alpha_csv": "alpha.csv", "budget_bits": 4, "formats": "INT4,INT5"}, "Unknown format 'INT5'"),
-        ("allocate", {"alpha_csv": "alpha.csv", "budget_bits": 3}, "The budget is 3.0 bits"),
+        (
+            "allocate",
+            {"output": "p", "alpha_csv": "none.csv", "budget_bits": 4},
+            "There is no alpha table none.csv",
+        ),
+        ("allocate", {"output": "p", "alpha_csv": "short.csv", "budget_bits": 4}, "has no row for"),
+        (
+            "allocate",
+            {"output": "p", "alpha_csv": "alpha.csv", "budget_bits": 4, "formats": "INT4,INT5"},
+            "Unknown format 'INT5'",
+        ),
+        ("allocate", {"output": "p", "alpha_csv": "alpha.csv", "budget_bits": 3}, "The budget is 3.0 bits"),
         ("quantize", {"config": "unknown.json", "save": "x"}, "Unknown format 'INT5'"),
         ("quantize", {"config": "other.json", "save": "x"}, "was made for another model"),
         ("quantize", {"config": "plan.json", "save": "x", "nsamples": 5000}, "but 2500 are needed"),

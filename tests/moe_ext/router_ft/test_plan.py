@@ -6,13 +6,14 @@ import pytest
 
 pytest.importorskip("compressed_tensors", reason="needs the extra 'quant'")
 
+from moe_common.runs.whole_files import write_json
 from moe_ext.router_ft.matrices import find_matrices
-from moe_ext.router_ft.plan import Plan, read_plan, uniform_plan, write_plan
+from moe_ext.router_ft.plan import Plan, read_plan, uniform_plan
 
 
 def test_a_plan_is_read_as_it_was_written(model_of, mixed_plan, tmp_path):
     plan = mixed_plan(model_of("mixtral"))
-    write_plan(plan, tmp_path / "plan.json")
+    write_json(tmp_path / "plan.json", plan.to_dict())
     assert read_plan(tmp_path / "plan.json") == plan
 
 
@@ -64,5 +65,5 @@ def test_no_plan_is_an_error_that_says_how_to_make_one(tmp_path):
 
 def test_what_a_plan_was_made_by_is_kept(tmp_path, model_of):
     plan = uniform_plan(find_matrices(model_of("olmoe")), "INT4")
-    write_plan(plan, tmp_path / "plan.json")
+    write_json(tmp_path / "plan.json", plan.to_dict())
     assert json.loads((tmp_path / "plan.json").read_text())["made_by"] == {"uniform": "INT4", "dense": "BF16"}

@@ -1,6 +1,6 @@
 """The command that does all steps: its table, its controls, and that it goes on where it was broken off."""
 
-import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +9,7 @@ pytest.importorskip("compressed_tensors", reason="needs the extra 'quant'")
 pytest.importorskip("scipy", reason="needs the extra 'quant'")
 
 from moe_common.runs.options import OptionParser, split_names
+from moe_common.runs.whole_files import read_json, write_json
 from moe_ext.router_ft import study
 from moe_ext.router_ft.run import RunOptions, run
 from moe_ext.router_ft.study import parse_plan
@@ -48,10 +49,13 @@ def test_the_table_has_a_line_for_every_plan_and_a_control(options, tmp_path, mo
 
 
 def test_results_of_other_options_are_not_taken_for_ones_own(options, tmp_path):
-    file = tmp_path / "run" / "results" / "full.json"
-    file.parent.mkdir(parents=True)
-    file.write_text(json.dumps({"run": {"seed": 1}, "losses": {}}))
-    with pytest.raises(ValueError, match="of a run with other options or another model"):
+    run(replace(options, plans="INT2", allocations=""))
+    with pytest.raises(ValueError, match=r"lr \(0.001 there, 0.002 asked for\)"):
+        run(replace(options, lr=2e-3))
+    noted = read_json(tmp_path / "run" / "run.json")
+    noted["settings"]["weights"] += 1
+    write_json(tmp_path / "run" / "run.json", noted)
+    with pytest.raises(ValueError, match="weights"):
         run(options)
 
 

@@ -195,7 +195,7 @@ def test_unreadable_samples_are_counted_in_what_is_written(command, tmp_path):
         rows = [json.dumps({"text": f"{split} text number {n}"}) for n in range(20)]
         (data / f"{split}.jsonl").write_text("\n".join([*rows, "not json"]))
     assert main(command(data_dir=data)) == 0
-    assert json.loads((tmp_path / "out" / "run.json").read_text())["unreadable_samples"] == 1
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["settings"]["unreadable_samples"] == 1
 
 
 def test_a_checkpoint_for_other_experts_is_refused(command, trained, expert_folders, tmp_path, capsys):
@@ -214,13 +214,13 @@ def test_a_save_dir_of_other_experts_is_refused(command, trained, expert_folders
 
 def test_a_run_begun_otherwise_is_not_gone_on_with(command, tmp_path, capsys):
     assert main(command()) == 0
-    assert "learning_rate 0.005 there and 0.1 here" in refused(command(learning_rate=0.1), capsys)
+    assert "learning_rate (0.005 there, 0.1 asked for)" in refused(command(learning_rate=0.1), capsys)
 
 
 def test_a_folder_of_something_else_is_not_written_to(command, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "letter.txt").write_text("dear")
-    assert "holds no run of this tool" in refused(command(), capsys)
+    assert "holds something else than a run" in refused(command(), capsys)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["letter.txt"]
 
 

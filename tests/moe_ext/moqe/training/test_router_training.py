@@ -277,7 +277,7 @@ def test_a_curriculum_is_read_before_the_rest(tiny_sources, expert_folders, tmp_
     line = command_line(tiny_sources, expert_folders, tmp_path / "out", curriculum=small, curriculum_epochs=2)
     assert main(line) == 0
     noted = json.loads((tmp_path / "out" / "moqe" / "moqe.json").read_text())["training"]
-    assert noted["options"]["curriculum"] == str(small)
+    assert noted["curriculum"] == str(small)
 
 
 def test_rows_of_one_batch_are_padded_on_the_right():

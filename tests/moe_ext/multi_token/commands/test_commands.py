@@ -71,7 +71,7 @@ def test_a_second_call_trains_nothing_again(trained, questions, caplog):
 
 def test_a_run_begun_otherwise_is_not_gone_on_with(trained, questions, capsys):
     said = refused(command_line(questions, trained, ppo_steps=1, self_distill=True, prompt_length=24, lr=1), capsys)
-    assert "lr 0.001 there and 1.0 here" in said
+    assert "lr (0.001 there, 1.0 asked for)" in said
 
 
 def test_lossless_output_is_that_of_generate(trained, capsys):

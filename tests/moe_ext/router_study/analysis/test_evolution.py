@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from moe_common.runs.run_folder import RunFolder
 from moe_ext.router_study.analysis.evolution import Choices, follow, overlap, saturation
 from moe_ext.router_study.collect.revisions import Revision, hub_revisions, in_order, parse_revision, resolve_revision
 
@@ -140,12 +141,14 @@ def test_a_comparison_that_was_made_is_not_made_again(revisions_folder, tmp_path
         return MoEModelWrapper.load(revisions_folder, revision=name)
 
     names = ["main", "step40-tokens8K", "step5-tokens1K"]
-    found, labels = follow(names, load, lambda wrapper: rows, folder=tmp_path, replicates=5)
+    with RunFolder(tmp_path, "evolution", {}) as run:
+        found, labels = follow(names, load, lambda wrapper: rows, measured=run.measured, replicates=5)
     assert loaded == ["main", "step5-tokens1K", "step40-tokens8K"]
     assert [one.revision for one in found] == ["step5-tokens1K", "step40-tokens8K"]
     assert found[1].chosen == [1.0, 1.0]  # the same weights
     assert max(found[0].chosen) < 0.9
     assert labels == ["0", "1"]
-    again, _ = follow(names, load, lambda wrapper: rows, folder=tmp_path, replicates=5)
+    with RunFolder(tmp_path, "evolution", {}) as run:
+        again, _ = follow(names, load, lambda wrapper: rows, measured=run.measured, replicates=5)
     assert again == found
     assert loaded[3:] == ["main"]

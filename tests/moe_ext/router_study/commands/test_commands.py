@@ -73,7 +73,7 @@ def test_run_writes_json_parquet_a_page_and_pictures(say, tmp_path):
     assert all(any(word in sentence for word in judged) for sentence in study["sentences"].values())
     assert (tmp_path / "study/findings.md").read_text().count("\n- **") == len(study["sentences"])
     assert len(list((tmp_path / "study/logits").iterdir())) == 3
-    assert not (tmp_path / "study.collecting").exists()
+    assert not (tmp_path / "study.unfinished").exists()
 
 
 def test_several_revisions_get_a_folder_each(say, undrawn, revisions_folder):
@@ -100,7 +100,11 @@ def test_evolution_compares_revisions_with_the_last(say, undrawn, tmp_path, revi
     assert "at step40-tokens8K 100%; by chance 50.0%" in told
     held = json.loads((tmp_path / "grown/saturation.json").read_text())
     assert [one["revision"] for one in held["saturation"]] == ["step5-tokens1K", "step40-tokens8K"]
-    assert {path.name for path in (tmp_path / "grown").iterdir()} == {"pictures", "report.html", "saturation.json"}
+    held = {path.name for path in (tmp_path / "grown").iterdir()}
+    assert held == {"pictures", "report.html", "run.json", "saturation.json"}
+    words = ["evolution", "--revisions", "main", "step40-tokens8K", "step5-tokens1K"]
+    code, told, _ = say(*words, model=revisions_folder, out="grown")
+    assert (code, told) == (0, "grown is there already, made with the same options.\n")
 
 
 @pytest.mark.parametrize("to", ["nowhere", "next", "1"])
@@ -233,6 +237,6 @@ def test_a_run_that_is_interrupted_says_how_to_go_on(say, undrawn, monkeypatch, 
         code, _, error = say("run", out="study", replicates=3)
     assert (code, error) == (130, STOPPED)
     assert not (tmp_path / "study").exists()
-    assert (tmp_path / "study.collecting/state.safetensors").exists()
+    assert list((tmp_path / "study.unfinished").glob("checkpoint-*/state.pt"))
     assert say("run", out="study", replicates=3)[0] == 0
-    assert not (tmp_path / "study.collecting").exists()
+    assert not (tmp_path / "study.unfinished").exists()
