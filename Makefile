@@ -20,6 +20,7 @@ TORCH = $(shell sed -n 's/^torch==//p' constraints.txt)
 # Each is touched when its step is done.
 INSTALLED := $(VENV)/.installed
 DATA := $(VENV)/.data-fetched
+TOOLS := $(VENV)/.tools-installed
 UPSTREAM := $(VENV)/.upstream-installed
 
 QUEUE := peft/pyproject.toml peft/upstream.toml peft/patches $(wildcard peft/patches/*.patch)
@@ -55,7 +56,7 @@ test-upstream: $(UPSTREAM) ## run PEFT's own LoRA tests on its release and on th
 	$(VENV_PYTHON) peft/fork.py test
 
 .PHONY: bench
-bench: $(DATA) ## run the benchmarks: ratios, each measured in one process
+bench: $(TOOLS) $(DATA) ## run the benchmarks: ratios, each measured in one process
 	@echo "== running the benchmarks"
 	$(PYTEST) benchmarks $(ARGS)
 
@@ -75,7 +76,7 @@ continual: $(DATA) ## let prose, code and math arrive one after another; the mix
 	$(VENV_PYTHON) train.py --continual prose code math $(ARGS)
 
 .PHONY: router-study
-router-study: $(DATA) ## study the routers of the small mixture, and renew the report in docs/router_study
+router-study: $(TOOLS) $(DATA) ## study the routers of the small mixture, and renew the report in docs/router_study
 	@echo "== studying the routers of the small mixture"
 	rm -rf runs/router_study
 	$(VENV_PYTHON) -m moe_ext.router_study run --out runs/router_study $(ARGS)
@@ -83,13 +84,13 @@ router-study: $(DATA) ## study the routers of the small mixture, and renew the r
 		docs/router_study/
 
 .PHONY: docs
-docs: $(INSTALLED) ## build the site of the documentation into build/site; a broken link fails
+docs: $(TOOLS) ## build the site of the documentation into build/site; a broken link fails
 	@echo "== building the site"
 	NO_MKDOCS_2_WARNING=1 $(VENV_PYTHON) -m mkdocs build --strict $(ARGS)
 	@echo "The site is build/site/index.html; its search needs a server: $(VENV_PYTHON) -m http.server -d build/site"
 
 .PHONY: lint
-lint: $(INSTALLED) ## check the style of the code and that the fork's queue and tree agree
+lint: $(TOOLS) ## check the style of the code and that the fork's queue and tree agree
 	@echo "== checking the style"
 	$(VENV_PYTHON) -m ruff check .
 	$(VENV_PYTHON) -m ruff format --check .
@@ -97,7 +98,7 @@ lint: $(INSTALLED) ## check the style of the code and that the fork's queue and 
 	$(VENV_PYTHON) peft/fork.py check
 
 .PHONY: format
-format: $(INSTALLED) ## bring the code into that style
+format: $(TOOLS) ## bring the code into that style
 	@echo "== formatting"
 	$(VENV_PYTHON) -m ruff check --fix .
 	$(VENV_PYTHON) -m ruff format .
@@ -129,7 +130,13 @@ $(INSTALLED): pyproject.toml constraints.txt $(QUEUE) | $(VENV_PYTHON)
 	@echo "== installing the fork: fetching the pinned release of PEFT, patching it"
 	$(PIP) install -c constraints.txt --no-build-isolation -e ./peft
 	@echo "== installing dylo_moe and moe_ext"
+	$(PIP) install -c constraints.txt --no-build-isolation -e ".[demo]"
+	@touch $@
+
+$(TOOLS): $(INSTALLED)
+	@echo "== installing the tools' packages, and what tests and documentation need"
 	$(PIP) install -c constraints.txt --no-build-isolation -e ".[demo,dev,docs,moqe,quant,study]"
+	$(PIP) check
 	@touch $@
 
 $(DATA): $(INSTALLED)
@@ -137,7 +144,7 @@ $(DATA): $(INSTALLED)
 	$(VENV_PYTHON) -m moe_common.text.documents
 	@touch $@
 
-$(UPSTREAM): $(INSTALLED)
+$(UPSTREAM): $(TOOLS)
 	@echo "== installing what PEFT's own tests need"
 	$(PIP) install -c constraints.txt --no-build-isolation -e ".[upstream]"
 	@touch $@

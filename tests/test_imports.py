@@ -1,18 +1,47 @@
 """Imports point one way, without a circle, and nothing imports a command.
 
-fork and moe_common <- dylo_moe <- scripts, and the same two <- each tool of moe_ext
+    fork and moe_common <- dylo_moe <- scripts, and the same two <- each tool of moe_ext
+
+Packages of others are declared in pyproject.toml where they are imported, and nowhere else.
 """
 
 import ast
+import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("dylo_moe", "moe_common", "moe_ext")
 # Front doors, as are the files at the top: they import the packages, and nothing imports them.
 SCRIPT_FOLDERS = ("benchmarks", "examples", "scripts")
+# Extras of a checkout, which no installed package needs.
+TOOLS = ("dev", "docs", "upstream")
+# Declared, but imported by no installed package.
+NOT_IMPORTED = {
+    "bitsandbytes": "transformers imports it for --quant",
+    "tensorboard": "transformers imports it for --report_to",
+    "trackio": "transformers imports it for --report_to",
+    "trl": "trains the mixtures of whoever uses its trainers, as docs/quickstart.md does",
+}
+# Tools that are called, or plugins that are named in a file of settings.
+USED_BY_NAME = {
+    "mkdocs-material": "mkdocs.yml",
+    "mkdocstrings": "mkdocs.yml",
+    "pytest-benchmark": "plugin of pytest",
+    "pytest-cov": "plugin of pytest",
+    "pytest-timeout": "plugin of pytest",
+    "pytest-xdist": "plugin of pytest",
+    "ruff": "make lint",
+    "setuptools": "builds the packages",
+    "wheel": "builds the packages",
+}
+# Where a module is not called as its distribution.
+DISTRIBUTIONS = {"llama_cpp": "llama-cpp-python", "yaml": "pyyaml"}
 IMPORT_FUNCTIONS = ("import_module", "__import__", "importorskip")
 
 
@@ -219,6 +248,46 @@ def test_the_files_that_are_checked_are_there():
         "train.py",
     }
     assert any(path.startswith("peft/src/peft/tuners/lora/moe_") for path in checked)
+
+
+def test_the_packages_import_what_they_declare_and_declare_what_they_import():
+    extras = project()["optional-dependencies"]
+    declared = names_of([*project()["dependencies"], *(x for k, v in extras.items() if k not in TOOLS for x in v)])
+    files = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+    assert imported_distributions(files) - declared == set(), "imported, but not declared"
+    assert declared - imported_distributions(files) == NOT_IMPORTED.keys(), "declared, but not imported"
+
+
+@pytest.mark.parametrize("extra", ["dev", "docs"])
+def test_what_an_extra_of_tools_declares_is_used(extra):
+    folders = ("docs", "peft/tests", "tests", *SCRIPT_FOLDERS)
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    unused = names_of(project()["optional-dependencies"][extra]) - imported_distributions(files)
+    assert unused - USED_BY_NAME.keys() == set()
+
+
+def test_a_dependency_that_is_declared_without_being_imported_is_found(tmp_path):
+    (tmp_path / "a.py").write_text("import yaml, json\nfrom llama_cpp.llama import Llama\nfrom dylo_moe import x\n")
+    assert imported_distributions([tmp_path / "a.py"]) == {"pyyaml", "llama-cpp-python"}
+
+
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def names_of(requirements: list[str]) -> set[str]:
+    return {canonicalize_name(Requirement(line).name) for line in requirements}
+
+
+def imported_distributions(files: list[Path]) -> set[str]:
+    """Canonical names of the distributions of other projects that these files import, wherever in the file."""
+    modules = {
+        module.split(".")[0]
+        for path in files
+        for _, module in imported_modules(path.read_text(encoding="utf-8"), path.parent.name)
+    }
+    others = modules - sys.stdlib_module_names - {*PACKAGES, *SCRIPT_FOLDERS}
+    return {canonicalize_name(DISTRIBUTIONS.get(module, module)) for module in others}
 
 
 @pytest.mark.parametrize(

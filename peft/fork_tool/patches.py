@@ -86,6 +86,11 @@ class Patch:
         return found[1] if found else None
 
     @property
+    def stays_here(self) -> bool:
+        """Whether it is the fork's own and no pull request brings it: `Upstream: no, ...`."""
+        return (self.upstream or "").startswith("no,")
+
+    @property
     def message(self) -> str:
         """The header as a commit message for upstream: without the `Upstream:` paragraph, which is a note to us."""
         return re.sub(r"(?ms)^Upstream: .*?(\n\n|\Z)", "", self.header).strip() + "\n"

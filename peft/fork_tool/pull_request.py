@@ -87,7 +87,7 @@ def read_plan(fork: Fork, upstream: dict[str, bytes]) -> list[CommitPlan]:
         raise ForkError(f"{path} is missing; it says which of our files come with which patch.") from None
     except (tomllib.TOMLDecodeError, KeyError, TypeError) as refused:
         raise ForkError(f"{path} must hold [[commit]] tables and one [last] table: {refused!r}") from None
-    slugs = {patch.name[5:].removesuffix(".patch"): patch for patch in fork.patches}
+    slugs = {patch.name[5:].removesuffix(".patch"): patch for patch in fork.patches if not patch.stays_here}
     if wrong := sorted(slugs.keys() ^ commits.keys()):
         raise ForkError(
             f"series.toml and patches/ must name the same patches; only one of them has {', '.join(wrong)}."
@@ -115,8 +115,8 @@ def read_plan(fork: Fork, upstream: dict[str, bytes]) -> list[CommitPlan]:
 def write_pull_request(fork: Fork, checkout: Path, branch: str) -> list[str]:
     """Write the series onto a new branch of an upstream checkout and switch to it.
 
-    Each patch becomes a commit together with our files that it needs, merged three-way onto whatever the checkout has;
-    a last commit adds documentation and examples. All of it is made in a clone, so a failure leaves the checkout alone.
+    Each patch that does not stay here becomes a commit together with our files that it needs, merged three-way onto
+    whatever the checkout has; a last commit adds documentation and examples. All of it is made in a clone, so a failure leaves the checkout alone.
 
     Returns:
         the subjects of the commits.
@@ -130,7 +130,9 @@ def write_pull_request(fork: Fork, checkout: Path, branch: str) -> list[str]:
     plan = read_plan(fork, release.files)
     with tempfile.TemporaryDirectory(prefix="peft-fork-") as scratch, scratch_series() as series:
         series.start(release.files)
-        commits = series.add(patches)
+        sent = [
+            (patch, commit) for patch, commit in zip(patches, series.add(patches), strict=True) if not patch.stays_here
+        ]
         clone = Path(scratch, "clone")
         run_git("clone", "--quiet", "--shared", str(checkout.resolve()), str(clone), cwd=Path(scratch))
         run_git("switch", "--quiet", "--create", branch, cwd=clone)
@@ -141,7 +143,8 @@ def write_pull_request(fork: Fork, checkout: Path, branch: str) -> list[str]:
             )
         for number, step in enumerate(plan):
             if step.patch:
-                _merge(clone, commits[number], f"patches/{patches[number].name}")
+                patch, commit = sent[number]
+                _merge(clone, commit, f"patches/{patch.name}")
             for name, place in zip(step.files, places(step.files), strict=True):
                 (clone / place).parent.mkdir(parents=True, exist_ok=True)
                 (clone / place).write_bytes((fork.root / name).read_bytes())

