@@ -134,6 +134,16 @@ def test_the_citation_and_the_changelog_are_of_this_version():
     assert f"\n## {project['version']}\n" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
+def test_the_public_workflow_runs_make_test_on_the_oldest_python_and_may_only_read():
+    workflow = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text(encoding="utf-8"))
+    assert workflow["permissions"] == {"contents": "read"}
+    steps = workflow["jobs"]["test"]["steps"]
+    assert [step["run"] for step in steps if "run" in step] == ["make test"]
+    (python,) = (step["with"] for step in steps if step.get("uses", "").startswith("actions/setup-python@"))
+    assert read_toml("pyproject.toml")["project"]["requires-python"] == f">={python['python-version']}"
+    assert (ROOT / python["cache-dependency-path"]).is_file()
+
+
 def test_the_project_and_the_fork_need_the_same_python():
     assert read_toml("peft/pyproject.toml")["project"]["requires-python"] == ">=3.11"
     assert read_toml("pyproject.toml")["project"]["requires-python"] == ">=3.11"
