@@ -297,7 +297,7 @@ def test_an_output_folder_that_is_a_file_is_refused(tiny_base, sources, tmp_path
     ("changed", "message"),
     [
         ({"continual": ["proze"]}, "'proze'.*'prose'"),
-        ({"calibration_blocks": 5000}, r"validation.*\b16 tokens.*\b5000\b"),
+        ({"calibration_blocks": 5000}, r"\b16 tokens.*validation.*\b5000\b"),
         ({"first_adapted_block": 2}, r"first_adapted_block.*\b2\b.*\b0 to 1\b"),
         ({"model_name": "no-such-model"}, "'no-such-model'"),
     ],
