@@ -144,6 +144,12 @@ def test_the_public_workflow_runs_make_test_on_the_oldest_python_and_may_only_re
     assert (ROOT / python["cache-dependency-path"]).is_file()
 
 
+def test_the_quickstart_names_each_script():
+    page = (ROOT / "docs/quickstart.md").read_text(encoding="utf-8")
+    named = re.findall(r"^\| `([\w-]+)` \|", page, flags=re.M)
+    assert named == list(read_toml("pyproject.toml")["project"]["scripts"])
+
+
 def test_the_project_and_the_fork_need_the_same_python():
     assert read_toml("peft/pyproject.toml")["project"]["requires-python"] == ">=3.11"
     assert read_toml("pyproject.toml")["project"]["requires-python"] == ">=3.11"
